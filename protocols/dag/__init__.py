@@ -1,0 +1,1 @@
+"""Blocks, their validation and their order."""

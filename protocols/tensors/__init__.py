@@ -1,0 +1,1 @@
+"""How tensors become chunks, and how chunks are proved to belong to a block."""
