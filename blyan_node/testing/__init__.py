@@ -1,0 +1,1 @@
+"""What the tests need to build nodes, networks and checkpoints."""
