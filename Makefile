@@ -1,0 +1,44 @@
+# make demo    a real model, published as blocks, answers from four daemons of this machine
+# make test    everything that CI runs: lint, types, import contracts, all tests
+# make quick   the same without the tests that are marked slow
+# make lint    ruff, mypy and the import contracts alone
+# make bench   the project's measurements, each beside its peer or its limit (NAMES="publish ...")
+# make clean   removes what the others made
+#
+# Each makes its own .venv. PYTHON=... names the Python (3.11 or newer) to make it with.
+
+BIN := .venv/bin
+NAMES ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick lint bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/installed-%: pyproject.toml constraints.txt tools/environment.sh
+	@tools/environment.sh $*
+
+demo: .venv/installed-demo
+	@$(BIN)/python demo/demo.py
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+quick: lint
+	$(BIN)/pytest -m "not slow"
+
+bench: .venv/installed-dev
+	@$(BIN)/blyan-node bench $(NAMES)
+
+clean:
+	rm -rf .venv .demo .testnet build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
