@@ -45,6 +45,13 @@ chunks_in_flight_per_peer_max = 8
 
 # Peers
 peers_max = 256
+peer_events_max = 1_024
+handlers_per_peer_max = 32
+hello_bytes_max = 128 * KIB
+hello_text_bytes_max = 128
+hello_addrs_max = 8
+hello_peers_max = 64
+addr_bytes_max = 128
 hello_s_max = 10
 dial_s_max = 15
 gossip_message_bytes_max = 900 * KIB
@@ -54,10 +61,50 @@ advert_bytes_max = 512 * KIB
 advert_lifetime_s = 20
 advert_heartbeat_s = 5
 adverts_max = 1_024
+advert_sequences_max = 8 * adverts_max
+experts_per_layer_max = 4_096
+layers_max = 1_024
+profile_bytes_max = 64
 
 # Activations
 activation_rows_max = 256
+activation_bytes_max = 3 * MIB
+activation_s_max = 30
 worker_queue_requests_max = 256
+worker_batch_rows_max = 1_024
+
+# Retries and hedging of activations
+hedge_s_min = 0.25
+hedge_latencies = 4
+hedge_budget_max = 8.0
+hedge_budget_per_message = 0.1
+suspect_s = 10.0
+busy_backoff_s = 0.02
+busy_s_max = 10.0
+
+# Placement
+replicas_max = 16
+placement_deficit_s = 2.0
+placement_surplus_s = 30.0
+placement_superseded_s = 120.0
+
+# RPC
+rpc_line_bytes_max = 4 * MIB
+rpc_reply_bytes_max = 256 * MIB
+rpc_depth_max = 32
+rpc_batch_max = 64
+rpc_connections_max = 128
+rpc_in_flight_max = 64
+rpc_output_bytes_max = 8 * MIB
+rpc_send_s_max = 30
+rpc_line_s_max = 30
+prompt_tokens_max = 262_144
+prompt_bytes_max = 2 * MIB
+generate_tokens_max = 65_536
+
+# Configuration
+config_bytes_max = 64 * KIB
+genesis_file_bytes_max = 64 * KIB
 
 assert signed_header_bytes_max < control_message_bytes_max
 assert chunk_bytes + KIB < message_bytes_max
@@ -67,3 +114,9 @@ assert advert_bytes_max < gossip_message_bytes_max
 assert sync_page_ids_max * 64 < message_bytes_max
 assert advert_heartbeat_s * 3 < advert_lifetime_s <= 30
 assert sync_headers_max * signed_header_bytes_max < message_bytes_max
+assert activation_bytes_max + 256 * KIB < message_bytes_max
+assert hedge_s_min * 2 < 2  # one hedge that is answered keeps a token's gap under 2 s
+assert activation_s_max <= request_s_max
+assert (hello_peers_max + 1) * (hello_addrs_max * (addr_bytes_max + 2) + 96) < hello_bytes_max
+assert rpc_batch_max <= rpc_in_flight_max
+assert prompt_bytes_max < rpc_line_bytes_max < rpc_output_bytes_max < rpc_reply_bytes_max

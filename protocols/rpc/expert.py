@@ -1,0 +1,91 @@
+"""`expert.*`: who holds what."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from protocols.rpc.fields import Count, ModelName, Request, Result, SubjectText
+
+Subjects = Annotated[list[SubjectText], Meta(min_length=1, max_length=4096)]
+
+
+class ExpertListRequest(Request):
+    """All experts, or those of one model."""
+
+    model: ModelName | None = None
+
+
+class Holder(Result):
+    """A node that holds an expert; `queue` is the requests that wait there."""
+
+    peer_id: str
+    rtt_ms: float | None
+    queue: Count
+
+
+class ExpertInfo(Result):
+    """One expert at its head, and its live holders."""
+
+    subject: str
+    block: str
+    holders: list[Holder]
+
+
+class ExpertsResult(Result):
+    """Experts in the order of their model and subject."""
+
+    experts: list[ExpertInfo]
+
+
+class WhereRequest(Request):
+    """Which expert; the model may be left out while there is only one."""
+
+    subject: SubjectText
+    model: ModelName | None = None
+
+
+class HoldRequest(Request):
+    """Experts that this node is to hold; they are fetched if they are not stored."""
+
+    subjects: Subjects
+    model: ModelName | None = None
+
+
+class DropRequest(Request):
+    """Experts that this node is to hold no longer; the last known copy only with `force`."""
+
+    subjects: Subjects
+    model: ModelName | None = None
+    force: bool = False
+
+
+class HeldResult(Result):
+    """The subjects that were changed, and what the node holds now."""
+
+    subjects: list[str]
+    experts: Count
+    bytes: Count
+
+
+class ExpertStatsRequest(Request):
+    """No parameters."""
+
+
+class ExpertStats(Result):
+    """What one held expert has done since the node started; `busy_s` is time in its products."""
+
+    subject: str
+    block: str
+    bytes: Count
+    calls: Count
+    rows: Count
+    busy_s: float
+
+
+class ExpertStatsResult(Result):
+    """The node's work for others: what waits, what was turned away, and each expert's share."""
+
+    queue: Count
+    requests: Count
+    busy: Count
+    experts: list[ExpertStats]

@@ -1,0 +1,95 @@
+"""`node.*` and `network.*`: what the node is, whom it knows, and its end."""
+
+from typing import Literal
+
+from protocols.rpc.fields import Count, Request, Result
+
+
+class StatusRequest(Request):
+    """No parameters."""
+
+
+class Held(Result):
+    """Experts that the node computes with for others."""
+
+    experts: Count
+    bytes: Count
+
+
+class Syncing(Result):
+    """How far the node is in catching up; `eta_s` is None while there is no estimate."""
+
+    have: Count
+    want: Count
+    eta_s: float | None
+
+
+class StatusResult(Result):
+    """`network` is the network's id, `syncing` is None once the node is level with its peers."""
+
+    peer_id: str
+    role: Literal["main", "gpu"]
+    network: str
+    version: str
+    addrs: list[str]
+    peers: Count
+    blocks: Count
+    models: Count
+    held: Held
+    stored_bytes: Count
+    syncing: Syncing | None
+    profile: str
+
+
+class IdRequest(Request):
+    """No parameters."""
+
+
+class IdResult(Result):
+    """The node's name in the network and the addresses under which it can be dialled."""
+
+    peer_id: str
+    addrs: list[str]
+
+
+class PeersRequest(Request):
+    """No parameters."""
+
+
+class PeerInfo(Result):
+    """One connected node; `since` is in s since 1970, `rtt_ms` None until it was measured."""
+
+    peer_id: str
+    addrs: list[str]
+    role: str
+    rtt_ms: float | None
+    since: float
+
+
+class PeersResult(Result):
+    """The nodes that this one is connected to."""
+
+    peers: list[PeerInfo]
+
+
+class StopRequest(Request):
+    """No parameters."""
+
+
+class StopResult(Result):
+    """The node has begun to stop."""
+
+    stopping: bool
+
+
+class NetworkRequest(Request):
+    """No parameters."""
+
+
+class NetworkResult(Result):
+    """The network's genesis, as in its file: `nonce` is hex."""
+
+    name: str
+    id: str
+    nonce: str
+    parameters: dict[str, int]
