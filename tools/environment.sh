@@ -54,5 +54,7 @@ fi
 say "installing blyan-node[$extra] and its pinned dependencies (torch is the largest)"
 "$venv/bin/pip" install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".[$extra]"
+# trio-typing, which libp2p brings, carries stubs of trio 0.2x that hide trio's own types from mypy.
+rm -rf "$venv"/lib/python3*/site-packages/trio-stubs
 touch "$venv/installed-$extra"
 say "ready: $venv/bin/blyan-node"
