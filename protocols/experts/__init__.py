@@ -1,0 +1,1 @@
+"""Who holds which expert: adverts, the view made of them, placement and the choice of a holder."""

@@ -1,0 +1,94 @@
+"""The directory: who holds what, as far as this node has heard.
+
+It is made of adverts, the newest of each peer, and forgets each after its lifetime by the clock of
+the `now` that it is given. Sequence numbers outlive the adverts, so that an old one that is still
+going around cannot bring back a peer that has withdrawn, expired or hung up.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from protocols import limits
+from protocols.experts.advert import Advert, HeldExpert
+from protocols.ids import BlockId, PeerId
+
+
+class Directory:
+    """The newest live advert of each peer, indexed by block."""
+
+    def __init__(self) -> None:
+        self._adverts: dict[PeerId, tuple[Advert, float]] = {}
+        self._seqs: dict[PeerId, int] = {}
+        self._holders: dict[BlockId, dict[PeerId, HeldExpert]] = {}
+
+    def apply(self, advert: Advert, now: float) -> bool:
+        """Takes a verified advert; False if it is not newer than what is known of its peer."""
+        peer = advert.peer
+        if advert.seq <= self._seqs.get(peer, 0):
+            return False
+        if peer not in self._adverts and len(self._adverts) >= limits.adverts_max:
+            self.expire(now)
+            if len(self._adverts) >= limits.adverts_max:
+                return False
+        self.remove(peer)
+        self._remember(peer, advert.seq)
+        if not advert.withdrawn:
+            self._adverts[peer] = (advert, now + advert.lifetime_s)
+            for held in advert.held():
+                self._holders.setdefault(held.block, {})[peer] = held
+        return True
+
+    def remove(self, peer: PeerId) -> bool:
+        """Forgets what `peer` holds until its next advert; whether there was anything."""
+        entry = self._adverts.pop(peer, None)
+        if entry is None:
+            return False
+        for held in entry[0].held():
+            holders = self._holders.get(held.block, {})
+            holders.pop(peer, None)
+            if not holders:
+                self._holders.pop(held.block, None)
+        return True
+
+    def expire(self, now: float) -> list[PeerId]:
+        """Forgets adverts whose lifetime is over and says whose."""
+        gone = [peer for peer, (_, until) in self._adverts.items() if until <= now]
+        for peer in gone:
+            self.remove(peer)
+        return gone
+
+    @property
+    def wake_at(self) -> float | None:
+        """When the next advert expires."""
+        return min((until for _, until in self._adverts.values()), default=None)
+
+    def holders(self, block: BlockId) -> Sequence[PeerId]:
+        """The peers that hold `block`, in the order of their ids."""
+        return sorted(self._holders.get(block, ()))
+
+    def adverts(self) -> Mapping[PeerId, Advert]:
+        """The live adverts."""
+        return {peer: advert for peer, (advert, _) in self._adverts.items()}
+
+    def advert(self, peer: PeerId) -> Advert | None:
+        """The live advert of `peer`."""
+        entry = self._adverts.get(peer)
+        return entry[0] if entry else None
+
+    def experts(
+        self, model: BlockId | None = None
+    ) -> Iterator[tuple[HeldExpert, Sequence[PeerId]]]:
+        """Every expert that somebody holds, with its holders, in order; of one model if named."""
+        found = {
+            held: block
+            for block, peers in self._holders.items()
+            for held in peers.values()
+            if model is None or held.model == model
+        }
+        for held in sorted(found):
+            yield held, self.holders(held.block)
+
+    def _remember(self, peer: PeerId, seq: int) -> None:
+        self._seqs.pop(peer, None)
+        self._seqs[peer] = seq
+        while len(self._seqs) > limits.advert_sequences_max:
+            del self._seqs[next(iter(self._seqs))]
