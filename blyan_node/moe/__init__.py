@@ -1,0 +1,1 @@
+"""The engine: reads checkpoints, computes models. The only importer of torch."""

@@ -1,0 +1,103 @@
+"""Tiny checkpoints that show mistakes: made by `transformers` itself, with hot weights.
+
+With the usual small random weights most mistakes of an engine do not show. Here norms are 1 with
+noise, sinks have a standard deviation of 1, experts of 0.35, everything else of 0.25: a dropped
+detail moves the logits by 20 % and more, while correct implementations agree to 1e-4.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 12,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+SHARD_BYTES = 40_000
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_checkpoint(
+    family: str,
+    path: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    sharded: bool = False,
+    tokenizer: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Writes a Hugging Face directory of `family` (mixtral, gpt_oss) to `path` and returns it.
+
+    `dtype` is float32 or bfloat16; `sharded` cuts it into files of 40 kB; `tokenizer` adds a
+    byte-level tokenizer with a chat template (and a vocabulary of 300, if none is given).
+    `overrides` are fields of the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = SIZES | ({"vocab_size": 300} if tokenizer else {}) | overrides
+    config = AutoConfig.for_model(family, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    _heat(model, seed)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        path, max_shard_size=SHARD_BYTES if sharded else "5GB"
+    )
+    if tokenizer:
+        _write_tokenizer(path)
+    return path
+
+
+@torch.no_grad()
+def _heat(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if "norm" in name:
+            weight.copy_(1 + 0.1 * noise)
+        elif "sinks" in name:
+            weight.copy_(noise)
+        else:
+            weight.copy_((0.35 if "experts" in name else 0.25) * noise)
+
+
+def _write_tokenizer(path: Path) -> None:
+    """A byte-level BPE: 3 special tokens, the 256 bytes, and two merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<unk>", "<eos>", "<pad>", *alphabet, "th", "the"]
+    bpe = models.BPE(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[("t", "h"), ("th", "e")],
+    )
+    built = Tokenizer(bpe)
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(["<unk>", "<eos>", "<pad>"])
+    built.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
