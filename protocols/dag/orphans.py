@@ -1,0 +1,115 @@
+"""Blocks that came before what they depend on, in a pool that nobody can fill for everybody.
+
+The pool is bounded by count and by bytes, and each source (a peer) has a share of both. A source
+over its share loses its own oldest block; a full pool takes the oldest block of the source that
+uses most. What is evicted is not lost: sync brings it again in its order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocols import limits
+from protocols.dag.admission import Parked
+from protocols.dag.header import Block
+from protocols.ids import BlockId
+
+ENTRY_BYTES = 512  # what an entry costs beside its header: indexes and objects
+WAIT_BYTES = 64  # and for each id that it waits for
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """How much the pool holds, and how much of it may come from one source."""
+
+    blocks: int = limits.parked_blocks_max
+    bytes: int = limits.parked_bytes_max
+    source_blocks: int = limits.parked_blocks_max // 4
+    source_bytes: int = limits.parked_bytes_max // 4
+
+
+@dataclass(slots=True)
+class _Entry:
+    block: Block
+    source: str
+    waits_for: frozenset[bytes]
+    bytes: int
+
+
+class OrphanPool:
+    """Parked blocks by what they wait for."""
+
+    def __init__(self, bounds: PoolLimits = PoolLimits()) -> None:
+        self._bounds = bounds
+        self._entries: dict[BlockId, _Entry] = {}
+        self._by_wait: dict[bytes, dict[BlockId, None]] = {}
+        self._by_source: dict[str, dict[BlockId, None]] = {}  # oldest first
+        self._source_bytes: dict[str, int] = {}
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, id: BlockId) -> bool:
+        return id in self._entries
+
+    def add(self, parked: Parked, source: str) -> list[BlockId]:
+        """Parks a block; the ids that had to go for it (itself, if it is too large)."""
+        cost = len(parked.block.raw) + ENTRY_BYTES + WAIT_BYTES * len(parked.waits_for)
+        before = self._entries.get(parked.block.id)
+        if before is not None:
+            source = before.source  # who repeats another's block does not take it over
+            self.remove(parked.block.id)
+        if cost > self._bounds.source_bytes:
+            return [parked.block.id]
+        self._insert(_Entry(parked.block, source, parked.waits_for, cost))
+        evicted: list[BlockId] = []
+        while self._over(source):
+            evicted.append(self._evict(source))
+        while len(self._entries) > self._bounds.blocks or self.bytes > self._bounds.bytes:
+            evicted.append(self._evict(max(self._source_bytes, key=self._source_bytes.__getitem__)))
+        return evicted
+
+    def arrived(self, ids: Iterable[bytes]) -> list[tuple[Block, str]]:
+        """Takes out the blocks that waited for any of `ids`, with their sources."""
+        waiting = {id: None for name in ids for id in self._by_wait.get(name, ())}
+        return [(entry.block, entry.source) for id in waiting if (entry := self.remove(id))]
+
+    def missing(self) -> frozenset[bytes]:
+        """Everything that some block waits for."""
+        return frozenset(self._by_wait)
+
+    def remove(self, id: BlockId) -> _Entry | None:
+        """Forgets a block."""
+        entry = self._entries.pop(id, None)
+        if entry is None:
+            return None
+        for name in entry.waits_for:
+            self._by_wait[name].pop(id)
+            if not self._by_wait[name]:
+                del self._by_wait[name]
+        self._by_source[entry.source].pop(id)
+        self._source_bytes[entry.source] -= entry.bytes
+        if not self._by_source[entry.source]:
+            del self._by_source[entry.source], self._source_bytes[entry.source]
+        self.bytes -= entry.bytes
+        return entry
+
+    def _insert(self, entry: _Entry) -> None:
+        id = entry.block.id
+        self._entries[id] = entry
+        for name in entry.waits_for:
+            self._by_wait.setdefault(name, {})[id] = None
+        self._by_source.setdefault(entry.source, {})[id] = None
+        self._source_bytes[entry.source] = self._source_bytes.get(entry.source, 0) + entry.bytes
+        self.bytes += entry.bytes
+
+    def _over(self, source: str) -> bool:
+        return (
+            len(self._by_source.get(source, ())) > self._bounds.source_blocks
+            or self._source_bytes.get(source, 0) > self._bounds.source_bytes
+        )
+
+    def _evict(self, source: str) -> BlockId:
+        oldest = next(iter(self._by_source[source]))
+        self.remove(oldest)
+        return oldest

@@ -1,0 +1,164 @@
+"""What a block must be by itself, in named stages, cheap first.
+
+    size → decode → network → signature → kind      this module: needs nothing but the block
+    parents → base → author → body → release        `protocols.dag.admission`: needs the chain
+
+Each stage has its own error: a `RemoteProtocolError` whose `where` is `block/STAGE`. Every honest
+node refuses what fails here before it passes it on, so the peer that sent it is at fault; whether a
+block fits what is already here is another question, and there "not yet" is never "bad".
+"""
+
+import re
+from enum import StrEnum
+from typing import Never
+
+from protocols import limits
+from protocols.dag.header import CHAIN_OF, HEADER_VERSION, Block, Header, Kind
+from protocols.errors import RemoteProtocolError
+from protocols.ids import NetworkId, Subject, is_cid, parse_subject
+
+COUNTER_MAX = 2**53 - 1  # what every JSON reader keeps exactly
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+FAMILY_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
+META_KEY_BYTES_MAX = 64
+
+
+class Stage(StrEnum):
+    """The stages of validation in their order."""
+
+    SIZE = "size"
+    DECODE = "decode"
+    NETWORK = "network"
+    SIGNATURE = "signature"
+    KIND = "kind"
+    PARENTS = "parents"
+    BASE = "base"
+    AUTHOR = "author"
+    BODY = "body"
+    RELEASE = "release"
+
+
+def refuse(stage: Stage, why: str) -> Never:
+    """Raises the error of a stage."""
+    raise RemoteProtocolError(f"block/{stage}", why)
+
+
+def stage_of(error: RemoteProtocolError) -> Stage | None:
+    """The stage that refused a block; None for errors of other surfaces."""
+    surface, _, name = error.where.partition("/")
+    return Stage(name) if surface == "block" and name in set(Stage) else None
+
+
+def decode_block(data: bytes | memoryview, *, network: NetworkId, now_ms: int) -> Block:
+    """A block from its wire form, through all the stages that need nothing but the block."""
+    if len(data) > limits.signed_header_bytes_max:
+        refuse(Stage.SIZE, f"{len(data)} bytes, at most {limits.signed_header_bytes_max}")
+    try:
+        block = Block.decode(data)
+    except RemoteProtocolError as error:
+        refuse(Stage.DECODE, str(error))
+    validate_header(block, network=network, now_ms=now_ms)
+    return block
+
+
+def validate_header(block: Block, *, network: NetworkId, now_ms: int) -> None:
+    """The stages network to kind for a decoded block; raises `RemoteProtocolError`."""
+    header = block.header
+    if header.net != network:
+        refuse(Stage.NETWORK, "it belongs to another network")
+    if header.v != HEADER_VERSION:
+        refuse(Stage.NETWORK, f"header version {header.v}, this node reads {HEADER_VERSION}")
+    if not block.signature_holds():
+        refuse(Stage.SIGNATURE, "the signature is not the author's")
+    _check_fields(header, now_ms)
+    _check_meta(header)
+    if header.kind is Kind.MODEL:
+        _check_model(header)
+    elif header.kind is Kind.RELEASE:
+        _check_release(header)
+    else:
+        _check_parameters(header)
+
+
+def kind_of(subject: Subject) -> Kind:
+    """The kind of the blocks of a subject; raises `RemoteProtocolError` if it is not one."""
+    match parse_subject(subject).kind:
+        case "expert":
+            return Kind.EXPERT
+        case "router":
+            return Kind.ROUTER
+        case _:
+            return Kind.TRUNK
+
+
+def is_staged(header: Header) -> bool:
+    """Whether a parameter block takes effect only when an accepted release lists it."""
+    return header.meta.get("staged") == 1
+
+
+def _check_fields(header: Header, now_ms: int) -> None:
+    """Numbers in range, ids in form, parents sorted, time within the allowed drift."""
+    if CHAIN_OF[header.kind] is not header.chain:
+        refuse(Stage.KIND, f"a {header.kind} block does not belong in chain {header.chain}")
+    for name in ("seq", "time", "size"):
+        if not 0 <= getattr(header, name) <= COUNTER_MAX:
+            refuse(Stage.KIND, f"{name} is out of range")
+    if header.time > now_ms + limits.clock_drift_ms_max:
+        refuse(Stage.KIND, f"its time is {header.time - now_ms} ms in the future")
+    if len(header.depends_on) > limits.depends_on_max:
+        refuse(Stage.KIND, f"{len(header.depends_on)} parents, at most {limits.depends_on_max}")
+    if not all(map(is_cid, header.depends_on)):
+        refuse(Stage.KIND, "a parent is not a block id")
+    if any(a >= b for a, b in zip(header.depends_on, header.depends_on[1:], strict=False)):
+        refuse(Stage.KIND, "parents are not sorted or are repeated")
+    if header.body is None or not is_cid(header.body):
+        refuse(Stage.KIND, "body is not a manifest id")
+    for name in ("model", "base"):
+        id = getattr(header, name)
+        if id is not None and id not in header.depends_on:
+            refuse(Stage.KIND, f"its {name} is not among its parents")
+
+
+def _check_meta(header: Header) -> None:
+    if len(header.meta) > limits.meta_entries_max:
+        refuse(Stage.KIND, f"{len(header.meta)} entries in meta")
+    for key, value in header.meta.items():
+        if not 0 < len(key.encode()) <= META_KEY_BYTES_MAX:
+            refuse(Stage.KIND, f"meta key {key[:80]!r} is empty or too long")
+        if isinstance(value, str) and len(value.encode()) > limits.meta_value_bytes_max:
+            refuse(Stage.KIND, f"meta {key!r} has {len(value)} characters")
+        if isinstance(value, int) and abs(value) > COUNTER_MAX:
+            refuse(Stage.KIND, f"meta {key!r} is out of range")
+
+
+def _check_model(header: Header) -> None:
+    if header.model is not None or header.subject is not None or header.base is not None:
+        refuse(Stage.KIND, "a model block has no model, subject or base")
+    for key, form in (("name", MODEL_NAME), ("family", FAMILY_NAME)):
+        value = header.meta.get(key)
+        if not isinstance(value, str) or not form.fullmatch(value):
+            refuse(Stage.KIND, f"a model needs a {key} of the form {form.pattern}")
+    if "staged" in header.meta:
+        refuse(Stage.KIND, "only parameters are staged")
+
+
+def _check_release(header: Header) -> None:
+    if header.model is None or header.subject is not None:
+        refuse(Stage.KIND, "a release has a model and no subject")
+    if "staged" in header.meta:
+        refuse(Stage.KIND, "only parameters are staged")
+
+
+def _check_parameters(header: Header) -> None:
+    if header.model is None or header.subject is None:
+        refuse(Stage.KIND, f"a {header.kind} block has a model and a subject")
+    try:
+        kind = kind_of(header.subject)
+    except RemoteProtocolError as error:
+        refuse(Stage.KIND, str(error))
+    if kind is not header.kind:
+        refuse(Stage.KIND, f"{header.subject} is not the subject of a {header.kind} block")
+    if "staged" in header.meta and header.meta["staged"] != 1:
+        refuse(Stage.KIND, "staged is 1 or absent")
+    if header.base is None and not is_staged(header):
+        refuse(Stage.KIND, "parameters without a base take effect by a release alone")
