@@ -29,6 +29,19 @@ release_subjects_max = 65_536
 release_body_bytes_max = 16 * MIB
 model_file_bytes_max = 64 * MIB
 
+# Storage
+disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it has taken
+ingest_batch_bytes = 8 * MIB
+ingest_batches_waiting_max = 2
+
+# Model directories and configurations
+config_bytes_max = MIB
+safetensors_header_bytes_max = 64 * MIB
+model_files_max = 64
+hidden_max = 65_536
+vocab_max = 4_194_304
+top_k_max = 64
+
 # Frames and messages of the channels between peers
 frame_bytes_max = 64 * KIB
 message_bytes_max = 4 * MIB
@@ -61,6 +74,8 @@ advert_bytes_max = 512 * KIB
 advert_lifetime_s = 20
 advert_heartbeat_s = 5
 adverts_max = 1_024
+advert_pause_s = 0.25  # between two adverts of one node
+advert_ask_s_max = 5
 advert_sequences_max = 8 * adverts_max
 experts_per_layer_max = 4_096
 layers_max = 1_024

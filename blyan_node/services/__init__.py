@@ -1,0 +1,1 @@
+"""What runs: one file for each running service, under trio."""
