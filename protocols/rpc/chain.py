@@ -7,11 +7,11 @@ from msgspec import Meta
 from protocols.rpc.fields import BlockText, Count, ModelName, Request, Result
 
 
-class ChainStatusRequest(Request):
+class ChainStatusRequest(Request, frozen=True):
     """No parameters."""
 
 
-class ChainStatusResult(Result):
+class ChainStatusResult(Result, frozen=True):
     """Accepted blocks, those that wait for a release, those that wait for a parent, and models."""
 
     network: str
@@ -21,13 +21,13 @@ class ChainStatusResult(Result):
     models: Count
 
 
-class HeadsRequest(Request):
+class HeadsRequest(Request, frozen=True):
     """All models, or one."""
 
     model: ModelName | None = None
 
 
-class Fork(Result):
+class Fork(Result, frozen=True):
     """Successors of one base: `chosen` is the one that every node takes."""
 
     subject: str
@@ -36,7 +36,7 @@ class Fork(Result):
     others: list[str]
 
 
-class ModelHeads(Result):
+class ModelHeads(Result, frozen=True):
     """The heads of one model by subject, and the forks that were kept."""
 
     model: str
@@ -46,20 +46,20 @@ class ModelHeads(Result):
     forks: list[Fork]
 
 
-class HeadsResult(Result):
+class HeadsResult(Result, frozen=True):
     """Heads of each model."""
 
     models: list[ModelHeads]
 
 
-class LogRequest(Request):
+class LogRequest(Request, frozen=True):
     """A page of the order in which this node accepted blocks."""
 
     after: Count = 0
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 
-class BlockInfo(Result):
+class BlockInfo(Result, frozen=True):
     """A header in text forms; `time` is in ms since 1970."""
 
     id: str
@@ -76,32 +76,32 @@ class BlockInfo(Result):
     meta: dict[str, str | int]
 
 
-class LogEntry(Result):
+class LogEntry(Result, frozen=True):
     """`n` counts this node's accepted blocks from 1."""
 
     n: Count
     block: BlockInfo
 
 
-class LogResult(Result):
+class LogResult(Result, frozen=True):
     """`next` is the `after` of the following page, None at the end."""
 
     entries: list[LogEntry]
     next: Count | None
 
 
-class ChainVerifyRequest(Request):
+class ChainVerifyRequest(Request, frozen=True):
     """No parameters."""
 
 
-class BadHeader(Result):
+class BadHeader(Result, frozen=True):
     """A block whose header does not check, and why."""
 
     block: str
     why: str
 
 
-class ChainVerifyResult(Result):
+class ChainVerifyResult(Result, frozen=True):
     """`ok` if every header is canonical, signed, and fits its parents."""
 
     ok: bool
@@ -109,25 +109,25 @@ class ChainVerifyResult(Result):
     bad: list[BadHeader]
 
 
-class GraphRequest(Request):
+class GraphRequest(Request, frozen=True):
     """All models, or one."""
 
     model: ModelName | None = None
 
 
-class GraphResult(Result):
+class GraphResult(Result, frozen=True):
     """A Graphviz document."""
 
     dot: str
 
 
-class BlockRequest(Request):
+class BlockRequest(Request, frozen=True):
     """Which block."""
 
     id: BlockText
 
 
-class TensorInfo(Result):
+class TensorInfo(Result, frozen=True):
     """One tensor of a body."""
 
     name: str
@@ -136,7 +136,7 @@ class TensorInfo(Result):
     bytes: Count
 
 
-class BlockResult(BlockInfo):
+class BlockResult(BlockInfo, frozen=True):
     """A block: `accepted` by the chain, `stored` if every chunk is here; tensors if known."""
 
     network: str

@@ -9,13 +9,13 @@ from protocols.rpc.fields import Count, ModelName, Request, Result, SubjectText
 Subjects = Annotated[list[SubjectText], Meta(min_length=1, max_length=4096)]
 
 
-class ExpertListRequest(Request):
+class ExpertListRequest(Request, frozen=True):
     """All experts, or those of one model."""
 
     model: ModelName | None = None
 
 
-class Holder(Result):
+class Holder(Result, frozen=True):
     """A node that holds an expert; `queue` is the requests that wait there."""
 
     peer_id: str
@@ -23,7 +23,7 @@ class Holder(Result):
     queue: Count
 
 
-class ExpertInfo(Result):
+class ExpertInfo(Result, frozen=True):
     """One expert at its head, and its live holders."""
 
     subject: str
@@ -31,27 +31,27 @@ class ExpertInfo(Result):
     holders: list[Holder]
 
 
-class ExpertsResult(Result):
+class ExpertsResult(Result, frozen=True):
     """Experts in the order of their model and subject."""
 
     experts: list[ExpertInfo]
 
 
-class WhereRequest(Request):
+class WhereRequest(Request, frozen=True):
     """Which expert; the model may be left out while there is only one."""
 
     subject: SubjectText
     model: ModelName | None = None
 
 
-class HoldRequest(Request):
+class HoldRequest(Request, frozen=True):
     """Experts that this node is to hold; they are fetched if they are not stored."""
 
     subjects: Subjects
     model: ModelName | None = None
 
 
-class DropRequest(Request):
+class DropRequest(Request, frozen=True):
     """Experts that this node is to hold no longer; the last known copy only with `force`."""
 
     subjects: Subjects
@@ -59,7 +59,7 @@ class DropRequest(Request):
     force: bool = False
 
 
-class HeldResult(Result):
+class HeldResult(Result, frozen=True):
     """The subjects that were changed, and what the node holds now."""
 
     subjects: list[str]
@@ -67,11 +67,11 @@ class HeldResult(Result):
     bytes: Count
 
 
-class ExpertStatsRequest(Request):
+class ExpertStatsRequest(Request, frozen=True):
     """No parameters."""
 
 
-class ExpertStats(Result):
+class ExpertStats(Result, frozen=True):
     """What one held expert has done since the node started; `busy_s` is time in its products."""
 
     subject: str
@@ -82,7 +82,7 @@ class ExpertStats(Result):
     busy_s: float
 
 
-class ExpertStatsResult(Result):
+class ExpertStatsResult(Result, frozen=True):
     """The node's work for others: what waits, what was turned away, and each expert's share."""
 
     queue: Count

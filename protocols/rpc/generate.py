@@ -11,7 +11,7 @@ Prompt = Annotated[str, Meta(max_length=limits.prompt_bytes_max, description="Th
 PromptIds = Annotated[TokenIds, Meta(min_length=1, description="The prompt as token ids")]
 
 
-class GenerateRequest(Request):
+class GenerateRequest(Request, frozen=True):
     """One of `prompt` and `prompt_ids`; `chat` puts the prompt into the model's chat template."""
 
     model: ModelName
@@ -39,14 +39,14 @@ class GenerateRequest(Request):
             raise ValueError("`chat` needs a `prompt` of text")
 
 
-class Token(Result):
+class Token(Result, frozen=True):
     """One token as it comes; `text` is what it adds, "" while a character is not whole."""
 
     token_id: int
     text: str | None
 
 
-class TraceEntry(Result):
+class TraceEntry(Result, frozen=True):
     """The block that stood for an expert, and the rows that each peer computed with it."""
 
     block: str
@@ -56,7 +56,7 @@ class TraceEntry(Result):
 Trace = dict[str, TraceEntry]
 
 
-class GenerateStats(Result):
+class GenerateStats(Result, frozen=True):
     """Times in s, sizes in bytes; `max_gap_s` is the longest wait between two tokens."""
 
     prompt_tokens: Count
@@ -72,7 +72,7 @@ class GenerateStats(Result):
     fetched_bytes: Count
 
 
-class GenerateResult(Result):
+class GenerateResult(Result, frozen=True):
     """`text` is None for a model without a tokenizer; `trace` goes by subject."""
 
     token_ids: list[int]
@@ -83,7 +83,7 @@ class GenerateResult(Result):
     stats: GenerateStats
 
 
-class ForwardRequest(Request):
+class ForwardRequest(Request, frozen=True):
     """One pass over a prompt; `out` is the safetensors file to write."""
 
     model: ModelName
@@ -92,7 +92,7 @@ class ForwardRequest(Request):
     root: RootText | None = None
 
 
-class ForwardResult(Result):
+class ForwardResult(Result, frozen=True):
     """`out` has `logits` float32 [tokens, vocab] and `layerL.experts` int64 [tokens, top_k]."""
 
     out: str

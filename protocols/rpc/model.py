@@ -14,7 +14,7 @@ from protocols.rpc.fields import (
 )
 
 
-class PublishRequest(Request):
+class PublishRequest(Request, frozen=True):
     """`path` is a Hugging Face directory; with `wait_replicas` the answer waits for holders."""
 
     path: PathText
@@ -22,8 +22,8 @@ class PublishRequest(Request):
     wait_replicas: Replicas | None = None
 
 
-class PublishResult(Result):
-    """Counts of new blocks, of the model's experts, its bytes, and those that were there already."""
+class PublishResult(Result, frozen=True):
+    """Counts of new blocks, of the model's experts, its bytes, and those stored already."""
 
     model: str
     name: str
@@ -34,11 +34,11 @@ class PublishResult(Result):
     reused_bytes: Count
 
 
-class ListRequest(Request):
+class ListRequest(Request, frozen=True):
     """No parameters."""
 
 
-class ModelInfo(Result):
+class ModelInfo(Result, frozen=True):
     """One model; `held` counts its experts that have a live holder."""
 
     name: str
@@ -51,19 +51,19 @@ class ModelInfo(Result):
     bytes: Count
 
 
-class ListResult(Result):
+class ListResult(Result, frozen=True):
     """Every model that the node knows whole."""
 
     models: list[ModelInfo]
 
 
-class ShowRequest(Request):
+class ShowRequest(Request, frozen=True):
     """Which model."""
 
     model: ModelName
 
 
-class SubjectInfo(Result):
+class SubjectInfo(Result, frozen=True):
     """The head of one subject, the names of its tensors, and its size."""
 
     block: str
@@ -71,33 +71,33 @@ class SubjectInfo(Result):
     bytes: Count
 
 
-class ShowResult(ModelInfo):
+class ShowResult(ModelInfo, frozen=True):
     """A model with the head of each subject."""
 
     subjects: dict[str, SubjectInfo]
 
 
-class FetchRequest(Request):
+class FetchRequest(Request, frozen=True):
     """Which model, and at which root."""
 
     model: ModelName
     root: RootText | None = None
 
 
-class FetchResult(Result):
+class FetchResult(Result, frozen=True):
     """What the fetch brought; blocks that were stored before are not counted."""
 
     blocks: Count
     bytes: Count
 
 
-class VerifyRequest(Request):
+class VerifyRequest(Request, frozen=True):
     """Which model."""
 
     model: ModelName
 
 
-class BadBlock(Result):
+class BadBlock(Result, frozen=True):
     """A block of a model that does not check, and why."""
 
     subject: str
@@ -105,7 +105,7 @@ class BadBlock(Result):
     why: str
 
 
-class VerifyResult(Result):
+class VerifyResult(Result, frozen=True):
     """`ok` if every byte of every block is stored here and right."""
 
     ok: bool
@@ -114,20 +114,20 @@ class VerifyResult(Result):
     bad: list[BadBlock]
 
 
-class WaitRequest(Request):
+class WaitRequest(Request, frozen=True):
     """Answers once every expert of the model has this many live holders."""
 
     model: ModelName
     replicas: Replicas
 
 
-class WaitResult(Result):
+class WaitResult(Result, frozen=True):
     """The smallest number of live holders over the model's experts."""
 
     replicas: Count
 
 
-class ExportRequest(Request):
+class ExportRequest(Request, frozen=True):
     """`out` must not exist, or be an empty directory."""
 
     model: ModelName
@@ -135,7 +135,7 @@ class ExportRequest(Request):
     root: RootText | None = None
 
 
-class ExportResult(Result):
+class ExportResult(Result, frozen=True):
     """Where the Hugging Face directory is, and what it holds."""
 
     path: str
@@ -143,8 +143,8 @@ class ExportResult(Result):
     bytes: Count
 
 
-class UpdateRequest(Request):
-    """`weights` is a safetensors file; `base` the head that it replaces (the current one if None)."""
+class UpdateRequest(Request, frozen=True):
+    """`weights` is a safetensors file; `base` the head it replaces (None: the current one)."""
 
     model: ModelName
     subject: SubjectText
@@ -152,7 +152,7 @@ class UpdateRequest(Request):
     base: BlockText | None = None
 
 
-class UpdateResult(Result):
+class UpdateResult(Result, frozen=True):
     """The new head of the subject, what it replaced, and the model's new root."""
 
     subject: str

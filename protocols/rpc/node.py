@@ -5,18 +5,18 @@ from typing import Literal
 from protocols.rpc.fields import Count, Request, Result
 
 
-class StatusRequest(Request):
+class StatusRequest(Request, frozen=True):
     """No parameters."""
 
 
-class Held(Result):
+class Held(Result, frozen=True):
     """Experts that the node computes with for others."""
 
     experts: Count
     bytes: Count
 
 
-class Syncing(Result):
+class Syncing(Result, frozen=True):
     """How far the node is in catching up; `eta_s` is None while there is no estimate."""
 
     have: Count
@@ -24,7 +24,7 @@ class Syncing(Result):
     eta_s: float | None
 
 
-class StatusResult(Result):
+class StatusResult(Result, frozen=True):
     """`network` is the network's id, `syncing` is None once the node is level with its peers."""
 
     peer_id: str
@@ -41,22 +41,22 @@ class StatusResult(Result):
     profile: str
 
 
-class IdRequest(Request):
+class IdRequest(Request, frozen=True):
     """No parameters."""
 
 
-class IdResult(Result):
+class IdResult(Result, frozen=True):
     """The node's name in the network and the addresses under which it can be dialled."""
 
     peer_id: str
     addrs: list[str]
 
 
-class PeersRequest(Request):
+class PeersRequest(Request, frozen=True):
     """No parameters."""
 
 
-class PeerInfo(Result):
+class PeerInfo(Result, frozen=True):
     """One connected node; `since` is in s since 1970, `rtt_ms` None until it was measured."""
 
     peer_id: str
@@ -66,27 +66,27 @@ class PeerInfo(Result):
     since: float
 
 
-class PeersResult(Result):
+class PeersResult(Result, frozen=True):
     """The nodes that this one is connected to."""
 
     peers: list[PeerInfo]
 
 
-class StopRequest(Request):
+class StopRequest(Request, frozen=True):
     """No parameters."""
 
 
-class StopResult(Result):
+class StopResult(Result, frozen=True):
     """The node has begun to stop."""
 
     stopping: bool
 
 
-class NetworkRequest(Request):
+class NetworkRequest(Request, frozen=True):
     """No parameters."""
 
 
-class NetworkResult(Result):
+class NetworkResult(Result, frozen=True):
     """The network's genesis, as in its file: `nonce` is hex."""
 
     name: str

@@ -1,0 +1,147 @@
+"""`python -m blyan_node …`: the parts of the command that need more than the RPC.
+
+`blyan-node start`, `init`, `testnet`, `fsck`, `block drop` and `bench` end up here. The command has
+checked its own options; what they mean is checked here (`--set KEY=VALUE` is a key of `config.toml`
+with a JSON value). Each verb imports what it needs when it runs: `init` needs neither torch nor
+libp2p.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from blyan_node.config import Settings, settings_of
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+from protocols.rpc import telling
+
+EXIT_REFUSED = 1
+EXIT_USAGE = 3
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code; errors are told, never shown as a traceback."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.verb(arguments)
+        return code
+    except Refused as refused:
+        return _tell(refused, arguments.json, EXIT_REFUSED)
+    except RemoteProtocolError as error:
+        bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
+        return _tell(bad, arguments.json, EXIT_USAGE)
+    except OSError as error:
+        from blyan_node.rpc.refusals import refusal_of_os
+
+        return _tell(refusal_of_os(error), arguments.json, EXIT_REFUSED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _tell(refused: Refused, as_json: bool, code: int) -> int:
+    print("\n".join(telling.lines(refused)), file=sys.stderr)
+    if as_json:
+        print(telling.document(refused))
+    return code
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    from blyan_node.start import start
+
+    return start(
+        Path(arguments.home),
+        rpc=_path(arguments.rpc),
+        network=_path(arguments.network),
+        options=_options(arguments.set),
+        as_json=arguments.json,
+        verbose=arguments.verbose,
+    )
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from blyan_node.home import create_home
+
+    role = _options(arguments.set).role or "main"
+    made = create_home(Path(arguments.home), role=role, network=_path(arguments.network))
+    return _print(made, arguments.json, "{role} node {peer_id}\n  home {home}\n  network {network}")
+
+
+def _fsck(arguments: argparse.Namespace) -> int:
+    from blyan_node.offline import fsck
+
+    return fsck(Path(arguments.home), repair=arguments.repair, as_json=arguments.json)
+
+
+def _block_drop(arguments: argparse.Namespace) -> int:
+    from blyan_node.offline import block_drop
+
+    return block_drop(Path(arguments.home), arguments.id, as_json=arguments.json)
+
+
+def _testnet(arguments: argparse.Namespace) -> int:
+    from blyan_node.testnet.verbs import run
+
+    return run(arguments, _options(arguments.set))
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from blyan_node.bench.__main__ import main as bench
+
+    return bench([*arguments.names, *(["--json"] if arguments.json else [])])
+
+
+def _print(document: dict[str, Any], as_json: bool, plain: str) -> int:
+    print(json.dumps(document) if as_json else plain.format(**document))
+    return 0
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).absolute()
+
+
+def _options(pairs: Sequence[str]) -> Settings:
+    values = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            raise RemoteProtocolError(f"--set {key[:40]}", "its value is no JSON") from None
+    return settings_of(values, "--{}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--home", default=str(Path("~/.blyan").expanduser()))
+    shared.add_argument("--json", action="store_true")
+    shared.add_argument("-v", "--verbose", action="store_true")
+    shared.add_argument("--set", action="append", default=[], metavar="KEY=JSON")
+    parser = argparse.ArgumentParser(prog="python -m blyan_node", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, parents=[shared])
+        added.set_defaults(verb=run)
+        return added
+
+    start = verb("start", _start)
+    start.add_argument("--rpc")
+    start.add_argument("--network")
+    verb("init", _init).add_argument("--network")
+    verb("fsck", _fsck).add_argument("--repair", action="store_true")
+    verb("block-drop", _block_drop).add_argument("id")
+    verb("bench", _bench).add_argument("names", nargs="*")
+    testnet = verb("testnet", _testnet)
+    testnet.add_argument("action", choices=("up", "status", "kill", "restart", "down"))
+    testnet.add_argument("name", nargs="?")
+    testnet.add_argument("--dir", required=True)
+    testnet.add_argument("--nodes", type=int)
+    testnet.add_argument("--roles")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
