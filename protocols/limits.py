@@ -20,7 +20,7 @@ parked_bytes_max = 16 * MIB
 
 # Tensors
 chunk_bytes = 256 * KIB
-manifest_bytes_max = 8 * MIB
+manifest_bytes_max = 3 * MIB
 manifest_tensors_max = 65_536
 tensor_name_bytes_max = 512
 tensor_dims_max = 8
@@ -54,7 +54,13 @@ request_s_max = 30
 sync_page_ids_max = 1_000
 sync_headers_max = 128
 sync_manifests_max = 64
+sync_requests_per_peer_max = 2
+sync_every_s = 30
+chunks_per_request_max = 8
 chunks_in_flight_per_peer_max = 8
+fetch_failures_max = 3  # in a row, after which a peer is asked no more for this fetch
+fetch_backoff_s = 1
+chunks_request_s_max = 20
 
 # Peers
 peers_max = 256
@@ -124,9 +130,12 @@ genesis_file_bytes_max = 64 * KIB
 assert signed_header_bytes_max < control_message_bytes_max
 assert chunk_bytes + KIB < message_bytes_max
 assert frame_bytes_max < message_bytes_max
+assert manifest_bytes_max + 64 * KIB < message_bytes_max
 assert signed_header_bytes_max < gossip_message_bytes_max
 assert advert_bytes_max < gossip_message_bytes_max
 assert sync_page_ids_max * 64 < message_bytes_max
+assert chunks_per_request_max * chunk_bytes + 64 * KIB < message_bytes_max
+assert chunks_per_request_max <= chunks_in_flight_per_peer_max
 assert advert_heartbeat_s * 3 < advert_lifetime_s <= 30
 assert sync_headers_max * signed_header_bytes_max < message_bytes_max
 assert activation_bytes_max + 256 * KIB < message_bytes_max
