@@ -1,0 +1,117 @@
+"""The engine on disk: LevelDB through plyvel. The only importer of plyvel.
+
+Weights do not compress, so compression is off; big write buffers and files keep LevelDB from
+writing the same bytes several times. Reads verify LevelDB's own checksums.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import plyvel
+
+from storage.engine import Row, after_prefix
+from storage.errors import Corrupt, DiskFull
+
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+class LevelDBEngine:
+    """An `Engine` in the directory `path`, which is made if it is not there.
+
+    `buffer_bytes` is both what is gathered in memory before it is sorted into a file and how large
+    such a file grows. After a failed write the engine takes no more until it is opened again:
+    LevelDB would append behind a torn record, and what comes behind one can be lost.
+    """
+
+    def __init__(self, path: Path, *, buffer_bytes: int, cache_bytes: int) -> None:
+        self._path = path
+        self._failed: str | None = None
+        self._write = threading.Lock()
+        try:
+            self._db: Any = plyvel.DB(
+                str(path),
+                create_if_missing=True,
+                compression=None,
+                write_buffer_size=buffer_bytes,
+                max_file_size=buffer_bytes,
+                lru_cache_size=cache_bytes,
+            )
+        except plyvel.Error as error:
+            raise _told(error, path) from error
+
+    def get(self, key: bytes) -> bytes | None:
+        """See `Engine.get`."""
+        try:
+            value: bytes | None = self._db.get(key, verify_checksums=True)
+        except plyvel.Error as error:
+            raise _told(error, self._path) from error
+        return value
+
+    def batch(
+        self, puts: Sequence[Row], deletes: Sequence[bytes] = (), *, sync: bool = False
+    ) -> None:
+        """See `Engine.batch`."""
+        with self._write:
+            if self._failed is not None:
+                raise DiskFull(f"an earlier write failed ({self._failed}); restart the node")
+            batch = self._db.write_batch(sync=sync)
+            for key, value in puts:
+                batch.put(key, value)
+            for key in deletes:
+                batch.delete(key)
+            try:
+                batch.write()
+            except plyvel.Error as error:
+                self._failed = str(error)
+                raise _told(error, self._path) from error
+
+    def iterate(
+        self, prefix: bytes, *, start: bytes | None = None, reverse: bool = False
+    ) -> Iterator[Row]:
+        """See `Engine.iterate`."""
+        low, high = prefix, after_prefix(prefix)
+        if start is not None and reverse:
+            high = start + b"\0" if high is None else min(high, start + b"\0")
+        elif start is not None:
+            low = max(low, start)
+        # plyvel 1.5.1, going down, skips a single row that equals `start`: bound it here instead.
+        rows = self._db.iterator(
+            start=None if reverse else low, stop=high, reverse=reverse, verify_checksums=True
+        )
+        try:
+            with rows:
+                for key, value in rows:
+                    if key < low:
+                        break
+                    yield key, value
+        except plyvel.Error as error:
+            raise _told(error, self._path) from error
+
+    def reclaim(self, first: bytes, last: bytes) -> None:
+        """Gives the space of deleted rows between two keys back to the disk."""
+        try:
+            self._db.compact_range(start=first, stop=last)
+        except plyvel.Error as error:
+            raise _told(error, self._path) from error
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._db.close()
+
+
+def repair(path: Path) -> None:
+    """Makes a damaged LevelDB open again, with what can still be read."""
+    plyvel.repair_db(str(path))
+
+
+def _told(error: plyvel.Error, path: Path) -> DiskFull | Corrupt | OSError:
+    text = str(error)
+    if any(reason in text for reason in _FULL):
+        return DiskFull(text[:200])
+    if isinstance(error, plyvel.CorruptionError):
+        return Corrupt(f"{path.name} is damaged", text[:200], path=str(path))
+    return OSError(f"{path}: {text[:200]}")

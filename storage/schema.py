@@ -1,0 +1,43 @@
+"""The first row of every store: which layout it has, and the name of its log.
+
+A store of a version that this program does not know is refused before anything else is read. The
+log id is random: a peer that keeps a cursor into our log notices when the log is another one.
+"""
+
+from typing import NamedTuple
+
+from storage import keys
+from storage.engine import Engine
+from storage.errors import UnknownSchema
+
+SCHEMA_VERSION = 1
+LOG_ID_BYTES = 16
+
+
+class Schema(NamedTuple):
+    """The layout's version and the id of this store's log."""
+
+    version: int
+    log_id: bytes
+
+
+def open_schema(engine: Engine, path: str, new_log_id: bytes) -> Schema:
+    """Reads the schema row, or writes it to an empty store; raises `UnknownSchema`."""
+    raw = engine.get(keys.SCHEMA_KEY)
+    if raw is None:
+        if next(engine.iterate(b""), None) is not None:
+            raise UnknownSchema(path, "it has rows but does not say of which version")
+        write_schema(engine, new_log_id)
+        return Schema(SCHEMA_VERSION, new_log_id)
+    version = int.from_bytes(raw[:4], "big")
+    if version != SCHEMA_VERSION or len(raw) != keys.SCHEMA_VALUE.size:
+        raise UnknownSchema(
+            path, f"it has schema {version}, this program reads schema {SCHEMA_VERSION}"
+        )
+    return Schema(*keys.SCHEMA_VALUE.unpack(raw))
+
+
+def write_schema(engine: Engine, log_id: bytes) -> None:
+    """Writes the row; on a store with a log this gives the log another name."""
+    value = keys.SCHEMA_VALUE.pack(SCHEMA_VERSION, log_id)
+    engine.batch([(keys.SCHEMA_KEY, value)], sync=True)

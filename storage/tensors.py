@@ -1,0 +1,151 @@
+"""Writing tensors as chunks, in a stream, while another thread stores what is hashed.
+
+An `Ingest` is one writer's session: tensors go in piece by piece and blocks are staged behind them.
+Pieces are cut and hashed on the caller's thread; a thread of the session writes full batches, and a
+block only behind the batch with its last chunk. What is in memory is bounded by
+`limits.ingest_batch_bytes` and `limits.ingest_batches_waiting_max`, whatever the tensors' sizes.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from protocols import limits
+from protocols.dag.header import Block
+from protocols.ids import ChunkHash, ManifestId, chunk_hash
+from protocols.tensors.manifest import Dtype, TensorEntry
+from storage.blocks import Blocks, ManifestRow
+from storage.chunks import Chunks
+
+
+@dataclass
+class _Batch:
+    chunks: dict[ChunkHash, bytes] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+    manifests: list[ManifestRow] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Ingest:
+    """A context manager; leaving it without an error stores everything or raises what failed.
+
+    `reused_bytes` were stored before, `new_bytes` were not. The garbage collector waits.
+    """
+
+    def __init__(self, chunks: Chunks, blocks: Blocks, closed: Callable[[], None]) -> None:
+        self.new_bytes = 0
+        self.reused_bytes = 0
+        self._chunks = chunks
+        self._blocks = blocks
+        self._closed = closed
+        self._batch = _Batch()
+        self._queue: queue.Queue[_Batch | None] = queue.Queue(limits.ingest_batches_waiting_max)
+        self._waiting: dict[ChunkHash, None] = {}
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._store_batches, name="ingest", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._send()
+            self._queue.put(None)
+            self._thread.join()
+        finally:
+            self._closed()
+        if error is None:
+            self._raise()
+
+    def write_tensor(
+        self, name: str, dtype: Dtype, shape: tuple[int, ...], pieces: Iterable[bytes | memoryview]
+    ) -> TensorEntry:
+        """Takes the raw little-endian bytes of a tensor; raises `DiskFull` as soon as it shows."""
+        size = 0
+        hashes: list[ChunkHash] = []
+        for data in cut(pieces, limits.chunk_bytes):
+            chunk = chunk_hash(data)
+            hashes.append(chunk)
+            size += len(data)
+            if chunk in self._waiting or chunk in self._chunks:
+                self.reused_bytes += len(data)
+            else:
+                self._add(chunk, data)
+        return TensorEntry(name, dtype, shape, size, tuple(hashes))
+
+    def stage(self, block: Block, manifest_id: ManifestId, manifest: bytes) -> None:
+        """Stages a block once everything that was written before it is stored."""
+        self._batch.blocks.append(block)
+        self._batch.manifests.append((manifest_id, manifest))
+
+    def flush(self) -> None:
+        """Returns when everything so far is stored, or raises what failed."""
+        self._send()
+        self._queue.join()
+        self._raise()
+
+    def _add(self, chunk: ChunkHash, data: bytes) -> None:
+        self._waiting[chunk] = None
+        self._batch.chunks[chunk] = data
+        self._batch.bytes += len(data)
+        self.new_bytes += len(data)
+        if self._batch.bytes >= limits.ingest_batch_bytes:
+            self._raise()
+            self._send()
+
+    def _send(self) -> None:
+        self._queue.put(self._batch)
+        self._batch = _Batch()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _store_batches(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._store(batch)
+            except BaseException as error:  # handed to the thread that feeds this one
+                self._error = error
+            finally:
+                self._queue.task_done()
+
+    def _store(self, batch: _Batch) -> None:
+        """Chunks first, synced; then the blocks that consist of them."""
+        self._chunks.put(batch.chunks.items())
+        if batch.blocks:
+            self._blocks.stage(batch.blocks, batch.manifests)
+        for chunk in batch.chunks:
+            self._waiting.pop(chunk, None)
+
+
+def cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of `size`, the last one shorter; no empty piece."""
+    rest = bytearray()
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        at = 0
+        if rest:
+            at = min(size - len(rest), len(view))
+            rest += view[:at]
+            if len(rest) < size:
+                continue
+            yield bytes(rest)
+            rest.clear()
+        while len(view) - at >= size:
+            yield bytes(view[at : at + size])
+            at += size
+        rest += view[at:]
+    if rest:
+        yield bytes(rest)
