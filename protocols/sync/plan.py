@@ -7,12 +7,16 @@ takes less of it. What a peer does not have is asked of others. A peer that fail
 and after `fetch_failures_max` failures in a row, or one corrupt item, it is asked no more. Near the
 end, items that one peer is slow with are asked of an idle one as well.
 
+Items may be wanted in groups (the chunks of one block): a peer that has none of those that it was
+asked for is taken to have nothing of the group, so who holds little costs few questions.
+
 Nothing here fetches twice on purpose except that; what is here already is simply not wanted, which
 is what makes a fetch resumable.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 from protocols import limits
@@ -48,6 +52,7 @@ class _Peer(Generic[K]):
     under_way: dict[int, Assignment[K]] = field(default_factory=dict)
     began: dict[int, float] = field(default_factory=dict)
     absent: set[K] = field(default_factory=set)
+    absent_groups: set[bytes] = field(default_factory=set)
     failures: int = 0
     rests_until: float = 0.0
     dry_since: int = -1  # the plan's version when it had nothing for this peer
@@ -66,7 +71,8 @@ class FetchPlan(Generic[K]):
     ) -> None:
         self._bounds = bounds
         self._sizes: dict[K, int] = {}
-        self._pending: dict[K, None] = {}  # wanted and asked of nobody, in order
+        self._group: dict[K, bytes] = {}
+        self._pending: dict[bytes, dict[K, None]] = {}  # wanted and asked of nobody, by group
         self._copies: dict[K, int] = {}  # how many requests are under way for an item
         self._peers: dict[PeerId, _Peer[K]] = {}
         self._gone_bytes: dict[PeerId, int] = {}
@@ -96,12 +102,16 @@ class FetchPlan(Generic[K]):
             if (count := self._gone_bytes.get(peer, 0) + now.get(peer, 0))
         }
 
-    def want(self, items: Iterable[tuple[K, int]]) -> None:
-        """Adds items behind those that are wanted already; repeats count once."""
+    def want(self, items: Iterable[tuple[K, int]], group: bytes | None = None) -> None:
+        """Adds items behind those that are wanted already; repeats count once.
+
+        Without a `group`, each item is one of its own.
+        """
         for key, size in items:
             if key not in self._sizes:
                 self._sizes[key] = size
-                self._pending[key] = None
+                self._group[key] = of = bytes(key) if group is None else group
+                self._pending.setdefault(of, {})[key] = None
                 self.bytes_total += size
         self._version += 1
 
@@ -141,8 +151,8 @@ class FetchPlan(Generic[K]):
         else:
             self._gone_bytes[assignment.peer] = self._gone_bytes.get(assignment.peer, 0) + count
         for key in fresh:
+            self._take(key)
             del self._sizes[key]
-            self._pending.pop(key, None)
             self._copies.pop(key, None)
         self.bytes_done += count
         return fresh
@@ -153,10 +163,14 @@ class FetchPlan(Generic[K]):
         What is neither absent nor arrived did not fit into the reply and is asked again.
         """
         state = self._end(assignment)
-        if state is not None:
-            state.absent.update(absent)
-            state.failures = 0
-            state.dry_since = -1
+        if state is None:
+            return
+        state.failures = 0
+        state.dry_since = -1
+        lacks = set(absent)
+        had = {self._group[key] for key in assignment.keys if key not in lacks}
+        state.absent |= lacks
+        state.absent_groups |= {self._group[key] for key in assignment.keys} - had
 
     def failed(self, assignment: Assignment[K], now: float) -> None:
         """The request had no good end: no answer in time, or the peer refused."""
@@ -176,15 +190,16 @@ class FetchPlan(Generic[K]):
         """The peer may have come by what it did not have."""
         if state := self._peers.get(peer):
             state.absent.clear()
+            state.absent_groups.clear()
             state.dry_since = -1
 
     def stuck(self) -> list[K]:
         """If nothing is under way and nobody is left to ask: what cannot be had now."""
         if any(state.under_way for state in self._peers.values()):
             return []
-        if any(self._pending.keys() - state.absent for state in self._peers.values()):
+        if any(next(self._askable(state), None) for state in self._peers.values()):
             return []
-        return list(self._pending)
+        return [key for keys in self._pending.values() for key in keys]
 
     def wake_at(self) -> float | None:
         """When a resting peer may be asked again, or a slow request is asked of another."""
@@ -201,11 +216,7 @@ class FetchPlan(Generic[K]):
         room = min(self._bounds.batch, self._bounds.in_flight - state.load)
         keys: list[K] = []
         if state.dry_since != self._version:
-            for key in self._pending:
-                if key not in state.absent:
-                    keys.append(key)
-                    if len(keys) == room:
-                        break
+            keys = list(islice(self._askable(state), room))
             if not keys:
                 state.dry_since = self._version
         if not keys and not state.under_way:
@@ -213,13 +224,27 @@ class FetchPlan(Generic[K]):
         if not keys:
             return None
         for key in keys:
-            self._pending.pop(key, None)
+            self._take(key)
             self._copies[key] = self._copies.get(key, 0) + 1
         self._assignments += 1
         assignment = Assignment(self._assignments, peer, tuple(keys))
         state.under_way[assignment.id] = assignment
         state.began[assignment.id] = now
         return assignment
+
+    def _askable(self, state: _Peer[K]) -> Iterator[K]:
+        """What is asked of nobody, and the peer may have."""
+        for group, keys in self._pending.items():
+            if group not in state.absent_groups:
+                yield from (key for key in keys if key not in state.absent)
+
+    def _take(self, key: K) -> None:
+        """The item is not pending any more."""
+        group = self._group[key]
+        if (keys := self._pending.get(group)) is not None:
+            keys.pop(key, None)
+            if not keys:
+                del self._pending[group]
 
     def _slow_items(self, idle: PeerId, now: float) -> list[K]:
         """Items that another peer was asked for long ago, once."""
@@ -244,7 +269,6 @@ class FetchPlan(Generic[K]):
         return state
 
     def _requeue(self, assignment: Assignment[K]) -> None:
-        back = []
         for key in assignment.keys:
             if key not in self._sizes:
                 continue
@@ -252,10 +276,8 @@ class FetchPlan(Generic[K]):
             if self._copies[key] < 0:
                 raise LocalProtocolError("a request was closed twice")
             if not self._copies[key]:
-                back.append(key)
-        if back:  # to the front: earlier items are wanted sooner
-            self._pending = {**dict.fromkeys(back), **self._pending}
-            self._version += 1
+                self._pending.setdefault(self._group[key], {})[key] = None
+                self._version += 1
 
 
 class ChunkPlan(FetchPlan[ChunkHash]):
