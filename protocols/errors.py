@@ -57,6 +57,7 @@ class ErrorCode(enum.IntEnum):
     NOT_ALLOWED = 13
     TIMEOUT = 14
     BAD_INPUT = 15
+    NO_NODE = 16
 
 
 @dataclass

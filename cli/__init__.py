@@ -1,0 +1,1 @@
+"""The `blyan-node` command: a thin client of the node's RPC."""

@@ -1,0 +1,1 @@
+"""One file of commands per area."""

@@ -1,0 +1,83 @@
+"""`init`, `start`, `status`, `id`, `peers`, `stop`."""
+
+import time
+from typing import Any
+
+import click
+
+from cli import show
+from cli.client import Client, NoNode
+from cli.launch import launch
+from cli.shared import Command, absolute, ask, emit, shared_of, summary
+from protocols.errors import ErrorCode, Refused
+
+STOP_S_MAX = 15
+ROLES = click.Choice(("main", "gpu"))
+
+
+@click.command(cls=Command)
+@click.option("--role", type=ROLES, help="main answers prompts, gpu holds experts.")
+@click.option("--network", metavar="FILE", help="The genesis file of the network to join.")
+def init(role: str | None, network: str | None) -> None:
+    """Make a node's home: its key, its configuration and its data folder."""
+    launch("init", ["--network", absolute(network)] if network else [], {"role": role})
+
+
+@click.command(cls=Command)
+@click.option("--role", type=ROLES, help="main answers prompts, gpu holds experts.")
+@click.option("--network", metavar="FILE", help="The genesis file of the network to join.")
+@click.option("--listen", metavar="MA", multiple=True, help="An address to listen on.")
+@click.option("--announce", metavar="MA", multiple=True, help="An address to tell others.")
+@click.option("--bootstrap", metavar="MA", multiple=True, help="A node to find others through.")
+@click.option("--hold", metavar="auto|none|LIST", help="Which experts to hold.")
+@click.option("--memory", metavar="SIZE", help="Memory for held experts, such as 8GiB.")
+@click.option("--disk", metavar="SIZE", help="The most that the store may take, such as 50GiB.")
+@click.option("--threads", metavar="N", type=int, help="Threads that compute.")
+@click.option("--replicas", metavar="N", type=int, help="Live holders for every expert.")
+def start(network: str | None, **settings: Any) -> None:
+    """Run the node in the foreground; make its home first if there is none."""
+    for several in ("listen", "announce", "bootstrap"):
+        settings[several] = list(settings[several]) or None
+    launch("start", ["--network", absolute(network)] if network else [], settings)
+
+
+@click.command(cls=Command, help=summary("node.status"))
+def status() -> None:
+    """What the node is, does and waits for."""
+    emit(ask("node.status", {}), show.status)
+
+
+@click.command("id", cls=Command, help=summary("node.id"))
+def show_id() -> None:
+    """The node's peer id and addresses."""
+    emit(ask("node.id", {}), show.identity)
+
+
+@click.command(cls=Command, help=summary("node.peers"))
+def peers() -> None:
+    """The nodes that it is connected to."""
+    emit(ask("node.peers", {}), show.peers)
+
+
+@click.command(cls=Command, help=summary("node.stop"))
+def stop() -> None:
+    """Drain and stop the node; returns when it is gone."""
+    result = ask("node.stop", {})
+    _wait_until_gone(shared_of(click.get_current_context()).socket)
+    emit(result, lambda _: click.echo("stopped"))
+
+
+def _wait_until_gone(path: str) -> None:
+    end = time.monotonic() + STOP_S_MAX
+    while time.monotonic() < end:
+        try:
+            with Client(path):
+                time.sleep(0.05)
+        except NoNode:
+            return
+    raise Refused(
+        ErrorCode.TIMEOUT,
+        "the node has not stopped",
+        f"it still answers after {STOP_S_MAX} s",
+        "look into its log",
+    )

@@ -1,0 +1,119 @@
+"""The `blyan-node` command: parses, calls, and turns every error into words and an exit code.
+
+Exit codes: 0 done, 1 the node answered with an error, 2 no node to reach, 3 wrong usage, 130
+interrupted by Ctrl-C (the node has then ended the request).
+"""
+
+import importlib
+import sys
+
+import click
+
+from cli.client import NoNode
+from cli.shared import (
+    EXIT_INTERRUPTED,
+    EXIT_NO_NODE,
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    Group,
+    tell,
+    wants_json,
+)
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+
+# Command → (module, attribute). A module is imported when its command is used or listed.
+COMMANDS = {
+    "init": ("node", "init"),
+    "start": ("node", "start"),
+    "status": ("node", "status"),
+    "id": ("node", "show_id"),
+    "peers": ("node", "peers"),
+    "stop": ("node", "stop"),
+    "network": ("network", "network"),
+    "testnet": ("testnet", "testnet"),
+    "model": ("model", "model"),
+    "expert": ("expert", "expert"),
+    "generate": ("generate", "generate"),
+    "forward": ("generate", "forward"),
+    "chain": ("chain", "chain"),
+    "block": ("chain", "block"),
+    "events": ("events", "events"),
+    "fsck": ("offline", "fsck"),
+    "bench": ("offline", "bench"),
+    "rpc": ("rpc", "rpc"),
+}
+
+
+class Root(Group):
+    """The top of the command, whose parts are imported one by one."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """The names of all commands, in the order in which people need them."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Imports and returns a command; None for an unknown name."""
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name]
+        found: click.Command = getattr(importlib.import_module(f"cli.commands.{module}"), attribute)
+        return found
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="blyan-node", message="%(version)s")
+def root() -> None:
+    """Blyan: Mixture-of-Experts models on a block DAG, run by the machines of a swarm."""
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs one command line; returns its exit code."""
+    try:
+        code = root.main(args=arguments, prog_name="blyan-node", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.UsageError as error:
+        return _tell(_usage(error), EXIT_USAGE)
+    except click.ClickException as error:
+        return _tell(Refused(ErrorCode.BAD_INPUT, error.format_message(), ""), EXIT_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        return _tell(Refused(ErrorCode.CANCELLED, "interrupted", ""), EXIT_INTERRUPTED)
+    except NoNode as error:
+        following = "start one with `blyan-node start`, or name its socket with --rpc"
+        return _tell(Refused(ErrorCode.NO_NODE, str(error), "", following), EXIT_NO_NODE)
+    except Refused as refused:
+        return _tell(refused, EXIT_REFUSED)
+    except RemoteProtocolError as error:
+        return _tell(
+            Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why), EXIT_USAGE
+        )
+    except BrokenPipeError:  # whoever read our output has had enough
+        sys.stderr.close()
+        return EXIT_REFUSED
+    except OSError as error:
+        path = error.filename or "a file"
+        reason = error.strerror or str(error)
+        return _tell(Refused(ErrorCode.BAD_INPUT, f"cannot use {path}", reason), EXIT_USAGE)
+
+
+def _usage(error: click.UsageError) -> Refused:
+    command = error.ctx.command_path if error.ctx is not None else "blyan-node"
+    return Refused(
+        ErrorCode.INVALID_PARAMS,
+        "wrong usage",
+        error.format_message(),
+        f"`{command} --help` says what it takes",
+    )
+
+
+def _tell(refused: Refused, code: int) -> int:
+    tell(refused, wants_json())
+    return code
+
+
+if __name__ == "__main__":
+    main()
