@@ -1,0 +1,1 @@
+"""The project's own measurements, each beside its peer or its limit in the same run."""

@@ -1,0 +1,62 @@
+"""`python -m blyan_node bench [NAME…] [--json]`: runs measurements and prints their rows."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from blyan_node.bench.rows import Row
+
+# The module of each measurement; it has `measure() -> list[Row]`.
+MEASUREMENTS = {
+    "verify-1000": "verifying",
+    "open-100000": "opening",
+    "publish": "publishing",
+    "activation-rtt": "round_trip",
+    "bulk": "bulk",
+    "gossip-16": "gossiping",
+    "idle": "idling",
+    "decode-float32": "decoding",
+    "decode-swarm": "swarm",
+}
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What `--json` prints."""
+
+    rows: list[Row]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the named measurements, all by default; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="blyan-node bench", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *MEASUREMENTS], metavar="NAME")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    report = Report([])
+    for name in arguments.names or MEASUREMENTS:
+        print(f"measuring {name} …", file=sys.stderr, flush=True)
+        module = importlib.import_module(f"blyan_node.bench.{MEASUREMENTS[name]}")
+        for row in module.measure():
+            report.rows.append(row)
+            if not arguments.json:
+                print(line(row), flush=True)
+    if arguments.json:
+        print(msgspec.json.encode(report).decode())
+    return 0
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    beside = ", ".join(
+        f"{name} {'not installed' if value is None else value}"
+        for name, value in row.beside.items()
+    )
+    ratio = "" if row.ratio is None else f"  = {row.ratio} x"
+    return f"{row.name:16} {row.value} {row.unit}  beside {beside}{ratio}  (goal: {row.goal})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
