@@ -102,6 +102,9 @@ hedge_budget_per_message = 0.1
 suspect_s = 10.0
 busy_backoff_s = 0.02
 busy_s_max = 10.0
+holder_wait_s_max = 5.0
+holder_retry_s = 0.5
+generations_max = 64
 
 # Placement
 replicas_max = 16

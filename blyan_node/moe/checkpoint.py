@@ -1,0 +1,163 @@
+"""A Hugging Face directory as a source of subjects, checked whole before a tensor is read.
+
+`Checkpoint.open` reads the configuration and the headers of all safetensors files and holds them
+against the layout that the configuration asks for: a missing file or tensor, a wrong shape, a type
+that is not read, or a tensor that nobody asked for is refused by name. Tensors are then read piece
+by piece, so memory does not grow with the model. Pickles are never opened.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from blyan_node.moe.config import ModelConfig, parse_config, parse_json, refuse
+from blyan_node.moe.layout import SubjectLayout, TensorLayout, layout, sources
+from blyan_node.moe.safetensors_file import StoredTensor, read_header, read_pieces
+from protocols import limits
+from protocols.ids import Subject
+from protocols.tensors.manifest import Dtype
+
+WEIGHT_DTYPES = (Dtype.F32, Dtype.BF16)
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_TRAVELS = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.(json|jinja|txt|md|model)|(LICENSE|NOTICE)[A-Za-z0-9._-]{0,60}"
+)
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One tensor of a subject, ready to be read: `pieces` yields its little-endian bytes."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    size: int
+    pieces: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened directory: its configuration, its small files and where every tensor is."""
+
+    path: Path
+    config: ModelConfig
+    files: Mapping[str, bytes]  # everything small that is no weight, by name
+    subjects: tuple[SubjectLayout, ...]
+    _tensors: Mapping[str, tuple[Path, StoredTensor]]
+    _by_name: Mapping[Subject, SubjectLayout]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Reads and checks `path`; raises `Refused` (BAD_MODEL) that names what is wrong."""
+        if not path.is_dir():
+            refuse(f"{path} is not a directory", path=str(path))
+        config = parse_config(_read_small(path / "config.json"))
+        tensors = _find_tensors(path)
+        _check(config, tensors)
+        subjects = tuple(layout(config))
+        return cls(
+            path, config, _small_files(path), subjects, tensors, {s.subject: s for s in subjects}
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for _, tensor in self._tensors.values())
+
+    def describe(self, subject: Subject) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
+        """Type and shape of a subject's tensors by local name."""
+        tensors = self._by_name[subject].tensors
+        return {t.name: (self._tensors[t.source][1].dtype, t.shape) for t in tensors}
+
+    def read(self, subject: Subject) -> Iterator[TensorSource]:
+        """A subject's tensors in the layout's order, one at a time, piece by piece."""
+        for tensor in self._by_name[subject].tensors:
+            yield self._source(tensor)
+
+    def read_tensor(self, subject: Subject, name: str) -> Iterator[bytes]:
+        """The pieces of one tensor by its local name."""
+        return self._source(self._by_name[subject].tensor(name)).pieces
+
+    def _source(self, tensor: TensorLayout) -> TensorSource:
+        path, stored = self._tensors[tensor.source]
+        begin, size = stored.begin, stored.size
+        if tensor.index is not None:
+            size //= self.config.experts
+            begin += tensor.index * size
+        pieces = read_pieces(path, begin, size)
+        return TensorSource(tensor.name, stored.dtype, tensor.shape, size, pieces)
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > limits.model_file_bytes_max:
+            refuse(f"{path.name} is too large: at most {limits.model_file_bytes_max} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        refuse(f"{path.name}: {error.strerror or error}", path=str(path))
+
+
+def _small_files(path: Path) -> dict[str, bytes]:
+    names = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name != INDEX_FILE and _TRAVELS.fullmatch(entry.name) and entry.is_file()
+    )
+    if len(names) > limits.model_files_max:
+        refuse(f"{len(names)} files beside the weights, at most {limits.model_files_max}")
+    return {name: _read_small(path / name) for name in names}
+
+
+def _find_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Every tensor of the directory by its name on disk."""
+    if (path / SINGLE_FILE).exists():
+        return {n: (path / SINGLE_FILE, t) for n, t in read_header(path / SINGLE_FILE).items()}
+    if not (path / INDEX_FILE).exists():
+        refuse(f"neither {SINGLE_FILE} nor {INDEX_FILE} is in {path}", path=str(path))
+    by_name = _read_index(path / INDEX_FILE)
+    headers = {shard: read_header(path / shard) for shard in sorted(set(by_name.values()))}
+    tensors: dict[str, tuple[Path, StoredTensor]] = {}
+    for shard, header in headers.items():
+        for name, stored in header.items():
+            if by_name.get(name) != shard:
+                refuse(f"{shard}: {name[:80]!a} is not in {INDEX_FILE}", path=str(path / shard))
+            tensors[name] = (path / shard, stored)
+    for name, shard in by_name.items():
+        if name not in tensors:
+            refuse(f"{shard}: {name[:80]!a} is missing", path=str(path / shard))
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = parse_json(_read_small(path), INDEX_FILE)
+    by_name = index.get("weight_map")
+    if not isinstance(by_name, dict):
+        refuse(f"{INDEX_FILE}: weight_map is missing")
+    for name, shard in by_name.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            refuse(f"{INDEX_FILE}: {name[:80]!a} is in {str(shard)[:80]!r}, which is no file name"
+                   " of a shard")  # fmt: skip
+    return by_name
+
+
+def _check(config: ModelConfig, tensors: Mapping[str, tuple[Path, StoredTensor]]) -> None:
+    wanted = sources(config)
+    for name, shape in wanted.items():
+        if name not in tensors:
+            refuse(f"the tensor {name} is missing", tensor=name)
+        path, stored = tensors[name]
+        if stored.shape != shape:
+            refuse(
+                f"{path.name}: {name} has the shape {list(stored.shape)}, but config.json asks for"
+                f" {list(shape)}",
+                tensor=name,
+            )
+        if stored.dtype not in WEIGHT_DTYPES:
+            refuse(f"{path.name}: {name} is {stored.dtype}, this version reads F32 and BF16")
+    for name in tensors:
+        if name not in wanted:
+            refuse(f"the tensor {name[:80]!a} does not belong to this configuration")

@@ -1,0 +1,153 @@
+"""The arithmetic that every path shares: float32, and one row at a time where order matters.
+
+The contract: a row's bits depend on that row, on the weights and on how they are stored, and on
+nothing else: not on the other rows of a batch, on the number of threads, or on how a prompt was
+cut. Matrix products of several rows break it (their blocking depends on the number of rows and
+the row's place among them), so a product is done row by row with a matrix-vector product, whose
+order of summation is fixed once both sides are aligned to 16 bytes. What was measured is in
+docs/decisions/row-invariance.md. Every function here keeps the contract; code that adds another
+operation with a sum or a transcendental function must show the same.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from blyan_node.moe.config import Rope
+
+ALIGNED_FLOATS = 16
+_TILE_FLOATS = 256 * 1024  # a piece of a matrix that stays in the second-level cache
+_TABLE_POSITIONS = 512
+
+
+def aligned(rows: int, columns: int) -> Tensor:
+    """Uninitialised float32 [rows, columns] whose rows begin at multiples of 64 bytes."""
+    stride = -(-columns // ALIGNED_FLOATS) * ALIGNED_FLOATS
+    return torch.empty(rows, stride)[:, :columns]
+
+
+def align(x: Tensor) -> Tensor:
+    """`x` [rows, columns] itself if its rows are aligned, else an aligned copy."""
+    if x.stride(1) == 1 and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    copy = aligned(*x.shape)
+    copy.copy_(x)
+    return copy
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [n, k] times weight [m, k] transposed, plus bias [m]: float32 [n, m], row by row.
+
+    `weight` may be stored by rows or by columns (a transposed view); the result's bits depend on
+    which. With several rows the weight is walked in pieces that stay in the cache; a piece gives
+    the same bits as the whole.
+    """
+    x, out, n = align(x), aligned(x.shape[0], weight.shape[0]), x.shape[0]
+    step = weight.shape[0]
+    if n > 1:
+        step = max(64, _TILE_FLOATS // weight.shape[1] // 64 * 64)
+    for first in range(0, weight.shape[0], step):
+        piece = weight[first : first + step]
+        for row in range(n):
+            torch.mv(piece, x[row], out=out[row, first : first + step])
+    return out if bias is None else out.add_(bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of each row of x [n, hidden]."""
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x). (torch.sigmoid treats the last elements of a buffer differently.)"""
+    return 1.0 / (1.0 + torch.exp(-x))
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Radians per position for each pair of a head's dimensions: [head_dim / 2]."""
+    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    plain = 1.0 / powers
+    if rope.factor is None:
+        return plain
+    low, high = (
+        head_dim * math.log(rope.original_positions / (turns * 2 * math.pi))
+        / (2 * math.log(rope.theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
+    )  # fmt: skip
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high = high if high != low else high + 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+class RopeTable:
+    """Cosine and sine by position, made in pieces of a fixed size when they are first needed."""
+
+    def __init__(self, rope: Rope, head_dim: int) -> None:
+        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._factor = rope.attention_factor
+        self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def at(self, position: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [head_dim / 2], times YaRN's attention factor."""
+        number, place = divmod(position, _TABLE_POSITIONS)
+        if number not in self._pieces:
+            positions = torch.arange(_TABLE_POSITIONS, dtype=torch.float32)
+            angles = (positions + number * _TABLE_POSITIONS)[:, None] * self._frequencies
+            self._pieces[number] = (angles.cos() * self._factor, angles.sin() * self._factor)
+        cos, sin = self._pieces[number]
+        return cos[place], sin[place]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [heads, head_dim] of one position; pairs are (i, i + head_dim / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention_row(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Attention of one token: query [heads, head_dim] over keys, values [kv heads, seen, head_dim].
+
+    `seen` holds the positions that the token may see and no other; sinks [heads] take part in the
+    softmax and have no value. Rows of keys and values are aligned. Returns [heads, head_dim].
+    """
+    heads, group, seen = query.shape[0], query.shape[0] // keys.shape[0], keys.shape[1]
+    query, out = align(query), aligned(*query.shape)
+    scores = aligned(heads, seen + 1)
+    for head in range(heads):
+        torch.mv(keys[head // group], query[head], out=scores[head, :seen])
+    scores *= scale
+    scores[:, seen] = -math.inf if sinks is None else sinks
+    weights = align(torch.softmax(scores, dim=-1))
+    for head in range(heads):
+        torch.mv(values[head // group].t(), weights[head, :seen], out=out[head])
+    return out
+
+
+def route(logits: Tensor, top_k: int, *, over_chosen: bool) -> tuple[Tensor, Tensor]:
+    """The experts of each row of logits [n, experts] and their weights, best first: [n, top_k].
+
+    Equal logits go to the smaller expert. Softmax over all experts and renormalising gives the
+    same weights as softmax over the chosen ones up to rounding; `over_chosen` says which is done.
+    """
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    if over_chosen:
+        return order, torch.softmax(logits.gather(1, order), dim=-1)
+    chosen = torch.softmax(logits, dim=-1).gather(1, order)
+    total = chosen[:, 0]
+    for rank in range(1, top_k):
+        total = total + chosen[:, rank]
+    return order, chosen / total[:, None]
+
+
+def combine(residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """residual [n, h] plus the experts' rows [n, k, h] by weights [n, k], in ascending rank."""
+    total = weights[:, 0, None] * rows[:, 0]
+    for rank in range(1, weights.shape[1]):
+        total = total + weights[:, rank, None] * rows[:, rank]
+    return residual + total
