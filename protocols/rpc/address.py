@@ -1,6 +1,5 @@
 """Where the socket of a node is: a rule that the node and its clients share."""
 
-import hashlib
 import posixpath
 
 SOCKET_NAME = "rpc.sock"
@@ -16,5 +15,7 @@ def socket_path(home: str, uid: int) -> str:
     path = posixpath.join(home, SOCKET_NAME)
     if len(path.encode(errors="surrogateescape")) <= SOCKET_PATH_BYTES_MAX:
         return path
+    import hashlib  # a few ms that a command with a short path need not pay
+
     name = hashlib.sha256(home.encode(errors="surrogateescape")).hexdigest()[:24]
     return f"/tmp/blyan-{uid}/{name}.sock"
