@@ -100,6 +100,11 @@ class Blocks:
         rows = self._engine.iterate(keys.STAGED.prefix(model))
         return [BlockId(keys.STAGED.parse(key).id) for key, _ in rows]
 
+    def staged_models(self) -> list[BlockId]:
+        """The model blocks that wait for their first release, smallest id first."""
+        rows = (keys.STAGED.parse(key) for key, _ in self._engine.iterate(keys.STAGED.prefix()))
+        return [BlockId(row.id) for row in rows if row.of == row.id]
+
     def heads(self, model: BlockId, /) -> Mapping[Subject, BlockId]:
         """The current block of each subject of a model; empty if the model has no release."""
         return self._heads.current(model)
