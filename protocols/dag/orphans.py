@@ -27,12 +27,24 @@ class PoolLimits:
     source_bytes: int = limits.parked_bytes_max // 4
 
 
-@dataclass(slots=True)
-class _Entry:
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A parked block, who sent it, and its manifest if that came with it."""
+
     block: Block
     source: str
+    manifest: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    orphan: Orphan
     waits_for: frozenset[bytes]
     bytes: int
+
+    @property
+    def source(self) -> str:
+        return self.orphan.source
 
 
 class OrphanPool:
@@ -52,16 +64,18 @@ class OrphanPool:
     def __contains__(self, id: BlockId) -> bool:
         return id in self._entries
 
-    def add(self, parked: Parked, source: str) -> list[BlockId]:
+    def add(self, parked: Parked, source: str, manifest: bytes | None = None) -> list[BlockId]:
         """Parks a block; the ids that had to go for it (itself, if it is too large)."""
-        cost = len(parked.block.raw) + ENTRY_BYTES + WAIT_BYTES * len(parked.waits_for)
         before = self._entries.get(parked.block.id)
         if before is not None:
             source = before.source  # who repeats another's block does not take it over
+            manifest = manifest or before.orphan.manifest
             self.remove(parked.block.id)
+        cost = len(parked.block.raw) + ENTRY_BYTES + WAIT_BYTES * len(parked.waits_for)
+        cost += len(manifest or b"")
         if cost > self._bounds.source_bytes:
             return [parked.block.id]
-        self._insert(_Entry(parked.block, source, parked.waits_for, cost))
+        self._insert(_Entry(Orphan(parked.block, source, manifest), parked.waits_for, cost))
         evicted: list[BlockId] = []
         while self._over(source):
             evicted.append(self._evict(source))
@@ -69,10 +83,10 @@ class OrphanPool:
             evicted.append(self._evict(max(self._source_bytes, key=self._source_bytes.__getitem__)))
         return evicted
 
-    def arrived(self, ids: Iterable[bytes]) -> list[tuple[Block, str]]:
-        """Takes out the blocks that waited for any of `ids`, with their sources."""
+    def arrived(self, ids: Iterable[bytes]) -> list[Orphan]:
+        """Takes out the blocks that waited for any of `ids`."""
         waiting = {id: None for name in ids for id in self._by_wait.get(name, ())}
-        return [(entry.block, entry.source) for id in waiting if (entry := self.remove(id))]
+        return [entry.orphan for id in waiting if (entry := self.remove(id))]
 
     def missing(self) -> frozenset[bytes]:
         """Everything that some block waits for."""
@@ -95,7 +109,7 @@ class OrphanPool:
         return entry
 
     def _insert(self, entry: _Entry) -> None:
-        id = entry.block.id
+        id = entry.orphan.block.id
         self._entries[id] = entry
         for name in entry.waits_for:
             self._by_wait.setdefault(name, {})[id] = None

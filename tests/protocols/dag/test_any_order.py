@@ -47,7 +47,7 @@ class Node:
                     assert (dict(admission.heads), admission.root) == (whole.heads, whole.root)
                 case Duplicate():
                     pass
-            queue.extend(block for block, _ in self.pool.arrived(arrived))
+            queue.extend(orphan.block for orphan in self.pool.arrived(arrived))
 
 
 def random_dag(rng: random.Random) -> list[Made]:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from blyan_node.testing.blocks import Author, Made
 from protocols.dag.admission import Parked
-from protocols.dag.orphans import ENTRY_BYTES, WAIT_BYTES, OrphanPool, PoolLimits
+from protocols.dag.orphans import ENTRY_BYTES, WAIT_BYTES, Orphan, OrphanPool, PoolLimits
 from protocols.ids import BlockId
 
 ALICE = Author("alice")
@@ -26,8 +26,8 @@ def test_what_waited_is_taken_out_by_any_of_its_reasons() -> None:
     pool.add(parked(PARTS[0], MODEL.id, PARTS[9].id), "bob")
     pool.add(parked(PARTS[1], MODEL.id), "carol")
     assert pool.missing() == {MODEL.id, PARTS[9].id}
-    assert pool.arrived([PARTS[9].id]) == [(PARTS[0].block, "bob")]
-    assert pool.arrived([MODEL.id]) == [(PARTS[1].block, "carol")]
+    assert pool.arrived([PARTS[9].id]) == [Orphan(PARTS[0].block, "bob")]
+    assert pool.arrived([MODEL.id]) == [Orphan(PARTS[1].block, "carol")]
     assert (len(pool), pool.bytes, pool.missing()) == (0, 0, frozenset())
 
 
@@ -70,7 +70,16 @@ def test_parking_again_replaces_the_reasons_and_keeps_the_source() -> None:
     pool.add(parked(PARTS[0], MODEL.id), "bob")
     pool.add(parked(PARTS[0], PARTS[1].id), "mallory")
     assert pool.missing() == {PARTS[1].id}
-    assert pool.arrived([PARTS[1].id]) == [(PARTS[0].block, "bob")]
+    assert pool.arrived([PARTS[1].id]) == [Orphan(PARTS[0].block, "bob")]
+
+
+def test_a_manifest_waits_with_its_block_and_counts() -> None:
+    pool = OrphanPool()
+    pool.add(parked(PARTS[0]), "bob", b"m" * 1000)
+    assert pool.bytes == cost(PARTS[0]) + 1000
+    pool.add(parked(PARTS[0]), "carol")
+    assert pool.arrived([MODEL.id]) == [Orphan(PARTS[0].block, "bob", b"m" * 1000)]
+    assert pool.bytes == 0
 
 
 @settings(max_examples=200, deadline=None)
