@@ -17,6 +17,9 @@ meta_value_bytes_max = 4 * KIB
 clock_drift_ms_max = 120_000
 parked_blocks_max = 4_096
 parked_bytes_max = 16 * MIB
+staged_blocks_per_peer_max = 65_537
+staged_bytes_per_peer_max = 512 * MIB
+staged_blocks_max = 4 * staged_blocks_per_peer_max
 
 # Tensors
 chunk_bytes = 256 * KIB
@@ -47,6 +50,10 @@ frame_bytes_max = 64 * KIB
 message_bytes_max = 4 * MIB
 control_message_bytes_max = 64 * KIB
 in_flight_requests_max = 64
+incomplete_messages_max = 4
+channel_request_bytes_max = 32 * MIB
+refusal_bytes_max = 16 * KIB
+write_bytes_max = 128 * KIB
 channel_open_s_max = 10
 request_s_max = 30
 
@@ -135,6 +142,7 @@ assert chunk_bytes + KIB < message_bytes_max
 assert frame_bytes_max < message_bytes_max
 assert manifest_bytes_max + 64 * KIB < message_bytes_max
 assert signed_header_bytes_max < gossip_message_bytes_max
+assert release_subjects_max < staged_blocks_per_peer_max < staged_blocks_max
 assert advert_bytes_max < gossip_message_bytes_max
 assert sync_page_ids_max * 64 < message_bytes_max
 assert chunks_per_request_max * chunk_bytes + 64 * KIB < message_bytes_max
@@ -147,3 +155,5 @@ assert activation_s_max <= request_s_max
 assert (hello_peers_max + 1) * (hello_addrs_max * (addr_bytes_max + 2) + 96) < hello_bytes_max
 assert rpc_batch_max <= rpc_in_flight_max
 assert prompt_bytes_max < rpc_line_bytes_max < rpc_output_bytes_max < rpc_reply_bytes_max
+assert refusal_bytes_max < frame_bytes_max - KIB
+assert message_bytes_max <= channel_request_bytes_max
