@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from blyan_node.moe.config import ModelConfig, parse_config, parse_json, refuse
 from blyan_node.moe.layout import SubjectLayout, TensorLayout, layout, sources
 from blyan_node.moe.safetensors_file import StoredTensor, read_header, read_pieces
@@ -82,6 +84,10 @@ class Checkpoint:
         """The pieces of one tensor by its local name."""
         return self._source(self._by_name[subject].tensor(name)).pieces
 
+    def load(self, subject: Subject) -> dict[str, tuple[Dtype, tuple[int, ...], memoryview]]:
+        """A whole subject in memory, in the form in which the engine takes weights."""
+        return {t.name: (t.dtype, t.shape, _aligned(t)) for t in self.read(subject)}
+
     def _source(self, tensor: TensorLayout) -> TensorSource:
         path, stored = self._tensors[tensor.source]
         begin, size = stored.begin, stored.size
@@ -90,6 +96,18 @@ class Checkpoint:
             begin += tensor.index * size
         pieces = read_pieces(path, begin, size)
         return TensorSource(tensor.name, stored.dtype, tensor.shape, size, pieces)
+
+
+def _aligned(source: TensorSource) -> memoryview:
+    """The bytes of a tensor in memory that begins at a multiple of 64 bytes."""
+    buffer = np.empty(source.size + 63, dtype=np.uint8)
+    first = -buffer.ctypes.data % 64
+    view = buffer.data[first : first + source.size]
+    at = 0
+    for piece in source.pieces:
+        view[at : at + len(piece)] = piece
+        at += len(piece)
+    return view
 
 
 def _read_small(path: Path) -> bytes:

@@ -5,6 +5,7 @@ noise, sinks have a standard deviation of 1, experts of 0.35, everything else of
 detail moves the logits by 20 % and more, while correct implementations agree to 1e-4.
 """
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,11 @@ def make_checkpoint(
     byte-level tokenizer with a chat template (and a vocabulary of 300, if none is given).
     `overrides` are fields of the configuration.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    transformers: Any = importlib.import_module("transformers")  # untyped, and for tests alone
+    transformers.utils.logging.disable_progress_bar()
     sizes = SIZES | ({"vocab_size": 300} if tokenizer else {}) | overrides
-    config = AutoConfig.for_model(family, **sizes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     _heat(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(
         path, max_shard_size=SHARD_BYTES if sharded else "5GB"
