@@ -44,6 +44,9 @@ model_files_max = 64
 hidden_max = 65_536
 vocab_max = 4_194_304
 top_k_max = 64
+prompt_bytes_max = 4 * MIB
+template_bytes_max = 256 * KIB
+template_lines_max = 1_000_000
 
 # Frames and messages of the channels between peers
 frame_bytes_max = 64 * KIB

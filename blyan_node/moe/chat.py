@@ -1,0 +1,158 @@
+"""Chat templates: jinja in a sandbox, with the names that published templates use.
+
+A template comes from whoever published the model. It sees the messages, the special tokens and a
+few pure functions; it cannot change what it is given or reach Python's objects. The lines that it
+executes and what it writes are counted, and the shortest ways to fill the memory are closed.
+"""
+
+import datetime
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from blyan_node.moe.config import parse_json, refuse
+from protocols import limits
+from protocols.errors import ErrorCode, Refused
+
+# What `strftime_now` says: the same on every node and on every day, so that a prompt has one form.
+TEMPLATE_DATE = datetime.datetime(2025, 1, 1)
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+# Methods and filters whose result is as long as a number says.
+_WIDENING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
+_WIDENING_FILTERS = ("center", "format", "indent", "wordwrap", "batch", "slice")
+
+
+class _Exhausted(Exception):
+    """A template ran for longer than it may."""
+
+
+class ChatTemplate:
+    """One compiled template with the special tokens that it may name."""
+
+    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+        """Compiles `source`; raises `Refused` (BAD_MODEL) if it is no template."""
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        for name in _WIDENING_FILTERS:
+            del environment.filters[name]
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            refuse(f"chat template: {str(error)[:200]}")
+        self._special = dict(special)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt for the answer to `messages`; raises `Refused` (BAD_INPUT)."""
+        values = {**self._special, "messages": list(messages), "add_generation_prompt": True}
+        pieces, size = [], 0
+        try:
+            with _Budget(limits.template_lines_max):
+                for piece in self._template.generate(values):
+                    size += len(piece)
+                    if size > limits.prompt_bytes_max:
+                        raise _Exhausted("it writes too much")
+                    pieces.append(piece)
+        except Exception as error:  # a template can raise any type by what it does with values
+            raise Refused(
+                ErrorCode.BAD_INPUT, "the chat template refuses these messages", str(error)[:200]
+            ) from None
+        return "".join(pieces)
+
+
+def chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
+    """The template among a model's files, None if there is none."""
+    settings: dict[str, Any] = {}
+    if "tokenizer_config.json" in files:
+        settings = parse_json(files["tokenizer_config.json"], "tokenizer_config.json")
+    source = settings.get("chat_template")
+    if "chat_template.jinja" in files:
+        try:
+            source = files["chat_template.jinja"].decode()
+        except UnicodeDecodeError:
+            refuse("chat_template.jinja is not UTF-8")
+    if isinstance(source, list):  # several by name
+        named = [s.get("template") for s in source if isinstance(s, dict)
+                 and s.get("name") == "default"]  # fmt: skip
+        source = named[0] if named else None
+    if source is None:
+        return None
+    if not isinstance(source, str) or len(source) > limits.template_bytes_max:
+        refuse("chat template: no text, or too long")
+    return ChatTemplate(source, _special_tokens(settings))
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in _SPECIAL:
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, without the short ways to make something huge."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int | float) and isinstance(right, int | float):
+            allowed = abs(left) < 1 << 32 and abs(right) < (64 if operator == "**" else 1 << 32)
+        else:
+            allowed = operator == "*" and _repeated(left, right) <= limits.template_bytes_max
+        if not allowed:
+            raise jinja2.TemplateRuntimeError(f"{operator} of these values is not allowed")
+        return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _WIDENING and super().is_safe_attribute(obj, attr, value)
+
+
+def _repeated(left: Any, right: Any) -> float:
+    """The length of a sequence times a number, infinite for anything else."""
+    for sequence, times in ((left, right), (right, left)):
+        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+            return len(sequence) * times
+    return float("inf")
+
+
+class _Budget:
+    """Raises `_Exhausted` inside the `with` block after a number of executed lines."""
+
+    def __init__(self, lines: int) -> None:
+        self._left = lines
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _count(self, frame: FrameType, event: str, argument: object) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise _Exhausted("it runs for too long")
+        return self._count
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+def _tojson(
+    value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
+) -> str:
+    if indent is not None and not 0 <= indent <= 16:
+        raise jinja2.TemplateRuntimeError("indent")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)

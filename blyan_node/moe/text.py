@@ -1,0 +1,127 @@
+"""Between text and token ids: the tokenizer, the stop tokens, and text as it streams.
+
+Everything comes from the files that travel with the model, which a stranger may have written:
+they are read under limits, and what is malformed is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from blyan_node.moe.chat import chat_template
+from blyan_node.moe.config import parse_json, refuse, token_ids
+from protocols import limits
+from protocols.errors import ErrorCode, Refused
+
+_REPLACEMENT = "\ufffd"
+_HELD_TOKENS_MAX = 8  # a character has at most four bytes
+
+
+def stop_ids(files: Mapping[str, bytes]) -> frozenset[int]:
+    """The tokens that end an answer: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = parse_json(files[name], name).get("eos_token_id") if name in files else None
+        if value is not None:
+            return frozenset(token_ids(value, f"{name}: eos_token_id"))
+    return frozenset()
+
+
+def open_text(files: Mapping[str, bytes]) -> "Text | None":
+    """The text side of a model; None if it travels without a tokenizer.json."""
+    return Text(files) if "tokenizer.json" in files else None
+
+
+class Text:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        """Reads `files`; raises `Refused` (BAD_MODEL) for a tokenizer that cannot be read."""
+        data = files["tokenizer.json"]
+        if len(data) > limits.model_file_bytes_max:
+            refuse(f"tokenizer.json has {len(data)} bytes")
+        try:
+            self._tokenizer = Tokenizer.from_str(data.decode())
+        except Exception as error:  # the only type that tokenizers raises
+            refuse(f"tokenizer.json: {str(error)[:200]}")
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._template = chat_template(files)
+        self.stop_ids = stop_ids(files)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt, with what the tokenizer itself puts around it."""
+        return self._encode(prompt, special=True)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids of a conversation that the model is to answer, by its chat template.
+
+        Raises `Refused`: BAD_INPUT if there is no template, or if it refuses these messages.
+        """
+        if self._template is None:
+            raise Refused(
+                ErrorCode.BAD_INPUT,
+                "no chat",
+                "this model has no chat template",
+                "Give the prompt as plain text",
+            )
+        return self._encode(self._template.render(messages), special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "TextStream":
+        """A decoder for one answer, token by token."""
+        return TextStream(self)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        if len(text.encode(errors="replace")) > limits.prompt_bytes_max:
+            raise Refused(
+                ErrorCode.BAD_INPUT, "the prompt is too long",
+                f"at most {limits.prompt_bytes_max} bytes are taken",
+            )  # fmt: skip
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the only type that tokenizers raises; also lone surrogates
+            raise Refused(ErrorCode.BAD_INPUT, "the prompt", str(error)[:200]) from None
+
+
+class TextStream:
+    """Text as tokens arrive: whole characters only, and together what `Text.decode` gives.
+
+    A token may end inside a character, and some tokenizers write a token differently at the start
+    of a text. So a window of recent tokens is decoded before and after the new one, and what was
+    added is passed on once it does not end in an incomplete character. Bytes that are no text at all
+    are held for a few tokens and then passed on as U+FFFD.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._ids: list[int] = []
+        self._start = 0  # of the window
+        self._told = 0  # tokens whose text was passed on
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, often a piece of a word, sometimes nothing."""
+        self._ids.append(token)
+        before, after = self._window()
+        held = len(self._ids) - self._told
+        if held < _HELD_TOKENS_MAX and (
+            after.endswith(_REPLACEMENT) or not after.startswith(before)
+        ):
+            return ""
+        return self._tell(before, after)
+
+    def finish(self) -> str:
+        """What is left when no token follows; incomplete characters become U+FFFD."""
+        before, after = self._window()
+        return self._tell(before, after)
+
+    def _window(self) -> tuple[str, str]:
+        window = self._ids[self._start :]
+        return self._text.decode(window[: self._told - self._start]), self._text.decode(window)
+
+    def _tell(self, before: str, after: str) -> str:
+        self._start, self._told = self._told, len(self._ids)
+        return after[len(before) :]
