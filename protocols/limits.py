@@ -82,6 +82,32 @@ hello_addrs_max = 8
 hello_peers_max = 64
 addr_bytes_max = 128
 hello_s_max = 10
+hello_every_s = 60  # peers tell each other again whom they know
+still_every_s = 5  # the dialler shows that it is there, and measures the round trip
+silence_s_max = 16  # after which a connection counts as dead
+mesh_peers_max = 32  # up to here everybody dials everybody
+known_peers_max = 1_024
+dials_at_once_max = 8
+redial_s = 1  # doubles with each failure
+redial_s_max = 30
+known_peer_s_max = 3_600  # a peer that was out of reach for so long is forgotten
+close_s_max = 2
+write_stall_s_max = 5  # a peer that takes no bytes for so long is disconnected
+channels_per_protocol_max = 2
+streams_per_peer_max = 128  # that it opened and has not closed
+unread_bytes_per_peer_max = 32 * MIB
+score_ban = -100
+score_halflife_s = 300
+ban_s = 600
+gossip_burst_max = 1_000
+gossip_per_s_max = 100  # per peer that passes messages on
+gossip_queue_max = 256
+gossip_remembered_max = 8_192
+gossip_remembered_s = 120
+provide_every_s = 300
+provides_10_s_max = 8  # a py-libp2p node ignores more than 10
+providers_max = 20
+find_providers_s_max = 15
 dial_s_max = 15
 gossip_message_bytes_max = 900 * KIB
 
@@ -160,3 +186,7 @@ assert rpc_batch_max <= rpc_in_flight_max
 assert prompt_bytes_max < rpc_line_bytes_max < rpc_output_bytes_max < rpc_reply_bytes_max
 assert refusal_bytes_max < frame_bytes_max - KIB
 assert message_bytes_max <= channel_request_bytes_max
+assert silence_s_max > 3 * still_every_s
+assert write_stall_s_max < silence_s_max
+assert mesh_peers_max <= hello_peers_max
+assert unread_bytes_per_peer_max >= channel_request_bytes_max

@@ -145,6 +145,13 @@ class Dispatch:
             resumed, self._waiting, self._resume_at = self._waiting, [], None
         return self._place(late + resumed, now, again=True)
 
+    def reopen(self, need: Need, now: float) -> Step:
+        """A need that was handed back is to be tried again: its holders have changed."""
+        self._unsettled.add(need)
+        self._down.clear()
+        self._failed = {(peer, block) for peer, block in self._failed if block != need.block}
+        return self._place([need], now, again=True)
+
     def close(self) -> None:
         """Nothing is waited for any more; replies that still come are dropped."""
         for ticket in tuple(self._open):
@@ -208,7 +215,7 @@ class Dispatch:
         if self._waiting and self._resume_at is None:
             self._resume_at = now + self._pause_s
             self._pause_s *= 2
-        return Ready(send=sends, events=events, wake_at=self._wake_at())
+        return Ready(send=sends, events=events, wake_at=self.wake_at)
 
     def _wait_or_give_up(self, need: Need, now: float) -> Unserved | None:
         busy = bool(self._possible(need))
@@ -243,7 +250,9 @@ class Dispatch:
         self._open[send.ticket] = _Open(send, now, late_at)
         return send
 
-    def _wake_at(self) -> float | None:
+    @property
+    def wake_at(self) -> float | None:
+        """When `tick` is due."""
         times = [entry.late_at for entry in self._open.values() if entry.late_at is not None]
         if self._resume_at is not None:
             times.append(self._resume_at)

@@ -60,10 +60,9 @@ class Activate(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Activated(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The output rows; `queue` is how many requests wait at the worker."""
+    """The output rows."""
 
     data: bytes
-    queue: int
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -1,0 +1,278 @@
+"""Answers: tokens from a prompt, one after the other, or one pass over a prompt.
+
+A request pins a root for as long as it runs, so an update that arrives meanwhile changes nothing
+about it. Cancelling frees everything at once: what others still compute for it is dropped there.
+"""
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import trio
+
+from blyan_node.moe.arrays import tensor_of
+from blyan_node.moe.rows import write_tensors
+from blyan_node.moe.sampling import Sampler
+from blyan_node.services.account import Account
+from blyan_node.services.compute import Rows
+from blyan_node.services.layers import Layers
+from blyan_node.services.models import Description, Models
+from blyan_node.services.session import Choices, Session
+from blyan_node.services.supply import Progress, silent
+from blyan_node.services.trunks import Trunks
+from protocols import limits
+from protocols.errors import ErrorCode, Refused
+from protocols.ids import BlockId, Root, Subject, model_root, parse_root, root_text
+from protocols.rpc.generate import (
+    ForwardRequest,
+    ForwardResult,
+    GenerateRequest,
+    GenerateResult,
+    Token,
+)
+
+Emit = Callable[[Token], None]
+Finish = Literal["length", "stop", "cancelled"]
+
+
+class Heads(Protocol):
+    """What generation needs of the chain."""
+
+    def find_model(self, name: str) -> BlockId:
+        """The model of that name or id; raises `Refused` NOT_FOUND or AMBIGUOUS."""
+
+    def heads(self, model: BlockId) -> Mapping[Subject, BlockId]:
+        """The current head of each subject."""
+
+    def heads_at(self, root: Root) -> tuple[BlockId, Mapping[Subject, BlockId]] | None:
+        """The model and the heads that a root names, if it is known here."""
+
+
+@dataclass
+class _Answer:
+    """A running request."""
+
+    description: Description
+    root: Root
+    session: Session
+    account: Account
+
+
+class Generation:
+    """Runs requests. `compute` is the node's limiter for products."""
+
+    def __init__(
+        self,
+        chain: Heads,
+        models: Models,
+        trunks: Trunks,
+        layers: Layers,
+        compute: trio.CapacityLimiter,
+    ) -> None:
+        self._chain = chain
+        self._models = models
+        self._trunks = trunks
+        self._layers = layers
+        self._compute = compute
+        self.running = 0
+
+    async def generate(
+        self,
+        request: GenerateRequest,
+        emit: Emit,
+        *,
+        progress: Progress = silent,
+        cancelled: trio.Event | None = None,
+    ) -> GenerateResult:
+        """Answers a prompt; `emit` gets each token as soon as it is there.
+
+        When `cancelled` is set the answer ends with what there is. Raises `Refused`.
+        """
+        async with self._open(request.model, request.root, progress) as answer:
+            prompt = _prompt(request, answer.description)
+            answer.account.prompt_tokens = len(prompt)
+            writer = _Writer(answer.description, answer.account, emit, request.ignore_eos)
+            decode = partial(self._decode, prompt, request, answer, writer)
+            finish = await _until(cancelled, decode)
+            return GenerateResult(
+                token_ids=writer.ids,
+                text=writer.end(),
+                root=root_text(answer.root),
+                finish=finish,
+                trace=answer.account.trace(),
+                stats=answer.account.stats(trio.current_time()),
+            )
+
+    async def forward(
+        self, request: ForwardRequest, *, progress: Progress = silent
+    ) -> ForwardResult:
+        """One pass over a prompt, written to a safetensors file. Raises `Refused`."""
+        async with self._open(request.model, request.root, progress) as answer:
+            seen: dict[int, list[Choices]] = {}
+            answer.session.watch = lambda layer, chosen: seen.setdefault(layer, []).append(chosen)
+            answer.account.prompt_tokens = len(request.prompt_ids)
+            logits = await answer.session.extend(request.prompt_ids, every=True)
+            answer.account.first_at = trio.current_time()
+            chosen = {layer: np.concatenate(pieces) for layer, pieces in seen.items()}
+            await trio.to_thread.run_sync(_write_forward, Path(request.out), logits, chosen)
+            return ForwardResult(
+                out=request.out,
+                root=root_text(answer.root),
+                trace=answer.account.trace(),
+                stats=answer.account.stats(trio.current_time()),
+            )
+
+    @asynccontextmanager
+    async def _open(
+        self, name: str, root_name: str | None, progress: Progress
+    ) -> AsyncIterator[_Answer]:
+        """A session at the model's current root, or at the one that is named."""
+        if self.running >= limits.generations_max:
+            raise Refused(
+                ErrorCode.BUSY,
+                "this node answers no further request now",
+                f"{self.running} requests are running",
+                "Try again later, or ask another main node.",
+            )
+        self.running += 1
+        try:
+            account = Account(began_at=trio.current_time())
+            model, root, heads = self._at(name, root_name)
+            description = await self._models.describe(model, progress)
+            async with self._trunks.use(description, heads, progress) as (trunk, fetched):
+                account.fetched_bytes += fetched
+                session = Session(model, heads, trunk, self._layers, self._compute, account)
+                yield _Answer(description, root, session, account)
+        finally:
+            self.running -= 1
+
+    def _at(
+        self, name: str, root_name: str | None
+    ) -> tuple[BlockId, Root, Mapping[Subject, BlockId]]:
+        """The model, the root and its heads. Raises `Refused`."""
+        model = self._chain.find_model(name)
+        if root_name is None:
+            heads = self._chain.heads(model)
+            return model, model_root(model, heads), heads
+        root = parse_root(root_name)
+        found = self._chain.heads_at(root)
+        if found is None or found[0] != model:
+            raise Refused(
+                ErrorCode.NOT_FOUND,
+                f"the model {name} has no root {root_name}",
+                "this node knows no release or update that led to it",
+                "`blyan-node model show` has the current one.",
+                {"root": root_name},
+            )
+        return model, root, found[1]
+
+    async def _decode(
+        self, prompt: Sequence[int], request: GenerateRequest, answer: _Answer, writer: "_Writer"
+    ) -> Finish:
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        sampler = Sampler(request.temperature, request.top_p, seed)
+        ids = prompt
+        while True:
+            logits = await answer.session.extend(ids)
+            pick = partial(sampler.pick, tensor_of(logits[-1]))
+            token = await trio.to_thread.run_sync(pick, limiter=self._compute)
+            if writer.put(token):
+                return "stop"
+            if len(writer.ids) == request.max_tokens:
+                return "length"
+            ids = [token]
+
+
+class _Writer:
+    """The tokens of an answer, handed on as they come, with the text that each adds."""
+
+    def __init__(
+        self, description: Description, account: Account, emit: Emit, ignore_eos: bool
+    ) -> None:
+        text = description.text
+        self.ids: list[int] = []
+        self._account = account
+        self._emit = emit
+        self._stops = frozenset() if ignore_eos else description.stop_ids
+        self._stream = None if text is None else text.stream()
+        self._pieces: list[str] = []
+
+    def put(self, token: int) -> bool:
+        """Takes the next token; whether it ends the answer."""
+        self._account.token(trio.current_time())
+        self.ids.append(token)
+        stops = token in self._stops
+        piece: str | None = None
+        if self._stream is not None:
+            piece = "" if stops else self._stream.add(token)
+            self._pieces.append(piece)
+        self._emit(Token(token_id=token, text=piece))
+        return stops
+
+    def end(self) -> str | None:
+        """The whole text."""
+        if self._stream is None:
+            return None
+        return "".join(self._pieces) + self._stream.finish()
+
+
+def _prompt(request: GenerateRequest, description: Description) -> Sequence[int]:
+    """The prompt as token ids. Raises `Refused` if it cannot be."""
+    if request.prompt_ids is not None:
+        return request.prompt_ids
+    assert request.prompt is not None
+    text = description.text
+    if text is None:
+        raise Refused(
+            ErrorCode.BAD_INPUT,
+            f"the model {description.name} takes token ids only",
+            "it was published without a tokenizer",
+            "Give --prompt-ids.",
+        )
+    if request.chat:
+        return text.chat([{"role": "user", "content": request.prompt}])
+    return text.encode(request.prompt)
+
+
+async def _until(cancelled: trio.Event | None, decode: Callable[[], Awaitable[Finish]]) -> Finish:
+    """What `decode` ends with, or "cancelled" if `cancelled` is set before."""
+    if cancelled is None:
+        return await decode()
+    finish: Finish = "cancelled"
+    refused: Refused | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def watch(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch, cancelled)
+        try:
+            finish = await decode()
+        except Refused as error:  # handed on outside of the nursery, which would wrap it
+            refused = error
+        nursery.cancel_scope.cancel()
+    if refused is not None:
+        raise refused
+    return finish
+
+
+def _write_forward(out: Path, logits: Rows, chosen: Mapping[int, Choices]) -> None:
+    """Writes `logits` and each layer's `layerL.experts`. Raises `Refused` for a bad path."""
+    tensors = {"logits": tensor_of(logits)}
+    tensors |= {f"layer{layer}.experts": tensor_of(rows) for layer, rows in sorted(chosen.items())}
+    try:
+        write_tensors(out, tensors)
+    except OSError as error:
+        raise Refused(
+            ErrorCode.BAD_INPUT,
+            f"cannot write {out}",
+            error.strerror or str(error),
+            "Give a path in a folder that the daemon may write to.",
+            {"path": str(out)},
+        ) from error

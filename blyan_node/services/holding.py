@@ -1,0 +1,236 @@
+"""What this node holds: experts that are loaded, within the memory that its operator gives.
+
+Two sorts share the memory. *Kept* experts (by the operator's order or by placement) are
+advertised and serve others until they are dropped. *Passing* ones were loaded because a request
+here needed an expert that nobody holds; they are not advertised and leave, the longest unused
+first, when memory is needed. What is in use never leaves: a dropped expert stays until its last
+user is done.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import trio
+
+from blyan_node.moe.experts import Expert
+from blyan_node.services.changes import Changes
+from blyan_node.services.models import Models
+from blyan_node.services.supply import Progress, Supply, silent
+from protocols.errors import ErrorCode, Refused
+from protocols.experts.advert import HeldExpert
+from protocols.ids import BlockId, cid_text, parse_subject
+from storage.pins import Pin
+from storage.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Reason(Enum):
+    """Why an expert is loaded."""
+
+    ORDER = "order"  # the operator said so
+    PLACEMENT = "placement"  # the swarm's plan
+    PASSING = "passing"  # a request of this node needed it
+
+
+@dataclass
+class Held:
+    """One loaded expert and what it has done since."""
+
+    what: HeldExpert
+    expert: Expert
+    hidden: int  # values in a row
+    bytes: int
+    reason: Reason
+    users: int = 0
+    leaving: bool = False
+    calls: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass
+class NoRoom(Exception):
+    """An expert of `size` bytes does not fit into the memory that is `free`."""
+
+    block: BlockId
+    size: int
+    free: int
+
+    def refused(self) -> Refused:
+        """The same, as an operator is told."""
+        return Refused(
+            ErrorCode.NOT_ALLOWED,
+            "the expert does not fit into this node's memory",
+            f"it takes {self.size} bytes, {self.free} are free",
+            "Start the node with a larger --memory, or drop other experts.",
+            {"block": cid_text(self.block)},
+        )
+
+
+@dataclass
+class Memory:
+    """The budget in bytes: `experts` that are kept or passing, `trunks` of sessions."""
+
+    budget: int
+    experts: int = 0
+    trunks: int = 0
+
+    @property
+    def free(self) -> int:
+        """Bytes that nothing takes."""
+        return self.budget - self.experts - self.trunks
+
+
+class Holding:
+    """The loaded experts of this node, by block. `memory_bytes` bounds them and the trunks."""
+
+    def __init__(self, store: Store, supply: Supply, models: Models, memory_bytes: int) -> None:
+        self.changes = Changes()
+        self.memory = Memory(memory_bytes)
+        self._store = store
+        self._supply = supply
+        self._models = models
+        self._held: dict[BlockId, Held] = {}  # the longest unused first
+        self._leaving: list[Held] = []
+        self._loading = trio.Lock()
+        self._limiter = trio.CapacityLimiter(1)
+
+    def advertised(self) -> list[HeldExpert]:
+        """The experts that are kept for others."""
+        return [held.what for held in self._held.values() if held.reason is not Reason.PASSING]
+
+    def held(self) -> Sequence[Held]:
+        """Every loaded expert."""
+        return tuple(self._held.values())
+
+    @property
+    def memory_free(self) -> int:
+        """Bytes that kept experts could still take: passing ones make room for them."""
+        passing = sum(h.bytes for h in self._held.values() if h.reason is Reason.PASSING)
+        return self.memory.free + passing
+
+    def keeps(self, block: BlockId) -> bool:
+        """Whether `block` is loaded and kept for others."""
+        held = self._held.get(block)
+        return held is not None and held.reason is not Reason.PASSING
+
+    def get(self, block: BlockId) -> Held | None:
+        """The loaded expert of `block`."""
+        return self._held.get(block)
+
+    def size_of(self, block: BlockId) -> int:
+        """How many bytes holding `block` takes, as far as is known before it is loaded."""
+        held = self._held.get(block)
+        if held is not None:
+            return held.bytes
+        known = self._store.block(block)
+        return known.header.size if known else 0
+
+    async def keep(self, block: BlockId, reason: Reason, progress: Progress = silent) -> int:
+        """Loads `block` and keeps it; the bytes that were fetched. Raises `Refused`, `NoRoom`."""
+        fetched = await self._load(block, reason, progress)
+        held = self._held[block]
+        if held.reason is not Reason.ORDER:
+            held.reason = reason
+        await trio.to_thread.run_sync(
+            lambda: self._store.pin(block, reason=Pin.HELD), limiter=self._limiter
+        )
+        self.changes.tell()
+        return fetched
+
+    async def drop(self, block: BlockId) -> None:
+        """Lets go of `block`; whoever computes with it finishes first. Raises `KeyError`."""
+        held = self._held[block]
+        self._remove(held)
+        await trio.to_thread.run_sync(
+            lambda: self._store.unpin(block, reason=Pin.HELD), limiter=self._limiter
+        )
+        self.changes.tell()
+
+    async def load(self, block: BlockId, progress: Progress = silent) -> int:
+        """Loads `block` for a request of this node; the bytes that were fetched.
+
+        Raises `Refused` if no peer has it, `NoRoom` if it does not fit.
+        """
+        return await self._load(block, Reason.PASSING, progress)
+
+    @contextmanager
+    def use(self, blocks: Sequence[BlockId]) -> Iterator[list[Held] | None]:
+        """The loaded experts in the order of `blocks`, safe until the end; None if one is not."""
+        if any(block not in self._held for block in blocks):
+            yield None
+            return
+        used = [self._held.pop(block) for block in blocks]
+        for held in used:
+            held.users += 1
+            self._held[held.what.block] = held
+        try:
+            yield used
+        finally:
+            for held in used:
+                held.users -= 1
+                if held.leaving and not held.users:
+                    self._leaving.remove(held)
+                    self.memory.experts -= held.bytes
+
+    def make_room(self, size: int) -> bool:
+        """Lets passing experts go until `size` bytes are free; whether they are."""
+        for held in list(self._held.values()):
+            if self.memory.free >= size:
+                break
+            if held.reason is Reason.PASSING and not held.users:
+                self._remove(held)
+        return self.memory.free >= size
+
+    def _remove(self, held: Held) -> None:
+        del self._held[held.what.block]
+        if held.users:
+            held.leaving = True
+            self._leaving.append(held)
+        else:
+            self.memory.experts -= held.bytes
+
+    async def _load(self, block: BlockId, reason: Reason, progress: Progress) -> int:
+        if block in self._held:
+            return 0
+        fetched = await self._supply.ensure([block], progress)
+        async with self._loading:
+            if block not in self._held:
+                await self._load_stored(block, reason)
+        return fetched
+
+    async def _load_stored(self, block: BlockId, reason: Reason) -> None:
+        what = self._name(block)
+        description = await self._models.describe(what.model)
+        size = self.size_of(block)
+        if not self.make_room(size):
+            raise NoRoom(block, size, self.memory.free)
+
+        def read() -> Expert:
+            return Expert(description.config, self._store.pack(block).tensors)
+
+        expert = await trio.to_thread.run_sync(read, limiter=self._limiter)
+        if not self.make_room(expert.bytes):
+            raise NoRoom(block, expert.bytes, self.memory.free)
+        self.memory.experts += expert.bytes
+        self._held[block] = Held(what, expert, description.config.hidden, expert.bytes, reason)
+        log.info("loaded layer %d expert %d (%s)", what.layer, what.expert, reason.value)
+
+    def _name(self, block: BlockId) -> HeldExpert:
+        """Which expert of which model `block` is; raises `Refused` if it is none."""
+        known = self._store.block(block)
+        if known is not None and known.header.model and known.header.subject:
+            subject = parse_subject(known.header.subject)
+            if subject.layer is not None and subject.expert is not None:
+                return HeldExpert(known.header.model, subject.layer, subject.expert, block)
+        raise Refused(
+            ErrorCode.NOT_FOUND,
+            "this block cannot be held",
+            "it is not an expert that this node knows",
+            "`blyan-node expert list` shows the experts.",
+            {"block": cid_text(block)},
+        )

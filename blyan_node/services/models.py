@@ -1,0 +1,57 @@
+"""What a model block says: configuration, tokenizer and the other files that travel in its body."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import trio
+
+from blyan_node.moe.config import ModelConfig, parse_config
+from blyan_node.moe.text import Text, open_text, stop_ids
+from blyan_node.services.supply import Progress, Supply, silent
+from protocols.ids import BlockId
+from storage.store import Store
+
+descriptions_max = 16
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model without its weights. `text` is None for a model that has no tokenizer."""
+
+    model: BlockId
+    name: str
+    config: ModelConfig
+    files: Mapping[str, bytes]
+    text: Text | None
+    stop_ids: frozenset[int]
+
+
+class Models:
+    """Descriptions of the models that were asked for, newest last; a few are kept."""
+
+    def __init__(self, store: Store, supply: Supply) -> None:
+        self._store = store
+        self._supply = supply
+        self._known: dict[BlockId, Description] = {}
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def describe(self, model: BlockId, progress: Progress = silent) -> Description:
+        """The description of `model`, whose block is known here; fetches its body if need be.
+
+        Raises `Refused`: no peer has it, or it cannot be read.
+        """
+        known = self._known.pop(model, None)
+        if known is None:
+            await self._supply.ensure([model], progress)
+            known = await trio.to_thread.run_sync(self._read, model, limiter=self._limiter)
+        self._known[model] = known
+        while len(self._known) > descriptions_max:
+            del self._known[next(iter(self._known))]
+        return known
+
+    def _read(self, model: BlockId) -> Description:
+        files = {entry.name: b"".join(pieces) for entry, pieces in self._store.read_body(model)}
+        block, _ = self._store.body(model)
+        config = parse_config(files["config.json"])
+        name = str(block.header.meta["name"])
+        return Description(model, name, config, files, open_text(files), stop_ids(files))

@@ -1,0 +1,109 @@
+"""One request's passes through a model: trunk and KV cache here, experts wherever they are held."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from blyan_node.moe.arrays import array_of, tensor_of
+from blyan_node.moe.cache import KVCache
+from blyan_node.moe.trunk import Attended, Trunk
+from blyan_node.services.account import Account
+from blyan_node.services.compute import Rows
+from blyan_node.services.layers import LayerRows, Layers
+from protocols.ids import BlockId, Subject, parse_subject
+
+T = TypeVar("T")
+Choices = npt.NDArray[np.int64]
+Watch = Callable[[int, Choices], None]
+
+
+@dataclass(frozen=True)
+class _Met:
+    """A layer's attention is done: what its experts are to compute, and what is kept for after."""
+
+    attended: Attended
+    rows: Rows  # [n, hidden]
+    experts: Choices  # [n, top_k] in the router's order
+
+
+@dataclass
+class Session:
+    """A model at one root, and one sequence of tokens through it.
+
+    `limiter` is the node's for products. Every value is that of the single-process reference, bit
+    for bit: prompts are cut at the trunk's fixed positions, rows do not depend on what else is
+    computed, and sums are in the order of the router.
+    """
+
+    model: BlockId
+    heads: Mapping[Subject, BlockId]
+    trunk: Trunk
+    layers: Layers
+    limiter: trio.CapacityLimiter
+    account: Account
+    watch: Watch | None = None  # told of each layer's experts, piece by piece
+    _cache: KVCache = field(init=False)
+    _blocks: dict[int, dict[int, BlockId]] = field(init=False)
+    _length: int = 0
+
+    def __post_init__(self) -> None:
+        self._cache = self.trunk.new_cache()
+        self._blocks = {}
+        for name, block in self.heads.items():
+            subject = parse_subject(name)
+            if subject.layer is not None and subject.expert is not None:
+                self._blocks.setdefault(subject.layer, {})[subject.expert] = block
+
+    async def extend(self, ids: Sequence[int], *, every: bool = False) -> Rows:
+        """Passes `ids` on; logits [1, vocab] after the last, or [n, vocab] after each of them.
+
+        Raises `Refused` for an expert that is not available.
+        """
+        logits: list[Rows] = []
+        done = self._length
+        for start, end in self.trunk.prefill_cuts(done, len(ids)):
+            rows = slice(None) if every else slice(-1, None) if end == done + len(ids) else None
+            found = await self._pass(ids[start - done : end - done], rows)
+            if found is not None:
+                logits.append(found)
+            self._length = end
+        return np.concatenate(logits)
+
+    async def _pass(self, ids: Sequence[int], rows: slice | None) -> Rows | None:
+        """One piece through every layer; the logits of `rows` of it."""
+        last = max(self._blocks)
+        met = await self._compute(partial(self._enter, ids))
+        for layer in range(last):
+            outputs = await self._experts(layer, met)
+            met = await self._compute(partial(self._next, layer, met, outputs))
+        outputs = await self._experts(last, met)
+        return None if rows is None else await self._compute(partial(self._end, met, outputs, rows))
+
+    def _enter(self, ids: Sequence[int]) -> _Met:
+        return _met(self.trunk.attend(0, self.trunk.embed(ids), self._cache))
+
+    def _next(self, layer: int, met: _Met, outputs: Rows) -> _Met:
+        x = self.trunk.combine(met.attended, tensor_of(outputs))
+        return _met(self.trunk.attend(layer + 1, x, self._cache))
+
+    def _end(self, met: _Met, outputs: Rows, rows: slice) -> Rows:
+        x = self.trunk.combine(met.attended, tensor_of(outputs))
+        return array_of(self.trunk.logits(x[rows]))
+
+    async def _experts(self, layer: int, met: _Met) -> Rows:
+        if self.watch is not None:
+            self.watch(layer, met.experts)
+        batch = LayerRows(self.model, layer, met.rows, met.experts.tolist(), self._blocks[layer])
+        return await self.layers.compute(batch, self.account)
+
+    async def _compute(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+
+
+def _met(attended: Attended) -> _Met:
+    return _Met(attended, array_of(attended.normed), array_of(attended.experts))

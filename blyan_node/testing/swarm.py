@@ -1,0 +1,228 @@
+"""Nodes of one process that hold, serve and answer: the services of inference on twin networks.
+
+The chain is replaced by what a finished sync leaves behind: `share` gives every store the blocks
+that one node has published, without their chunks, and fetching copies chunks from node to node.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from blyan_node.services.authoring import Author
+from blyan_node.services.directory import AdvertConfig, Adverts
+from blyan_node.services.generation import Generation
+from blyan_node.services.holding import Holding, Reason
+from blyan_node.services.layers import Layers
+from blyan_node.services.models import Models
+from blyan_node.services.publish import Publish, Published
+from blyan_node.services.serving import Serving
+from blyan_node.services.supply import Progress, Supply
+from blyan_node.services.trunks import Trunks
+from blyan_node.testing.blocks import NOW_MS, identity
+from blyan_node.testing.network import NETWORK, Fabric
+from protocols.dag.admission import Accepted, admit
+from protocols.dag.header import Block
+from protocols.dag.validate import validate_header
+from protocols.errors import ErrorCode, Refused
+from protocols.experts.advert import Role
+from protocols.ids import BlockId, PeerId, Root, Subject, cid_text, parse_cid
+from storage.blocks import ManifestRow
+from storage.store import Store, open_store
+
+PROFILE = "test"
+
+
+class LocalChain:
+    """A node's chain without gossip: what is submitted here, and what `share` brings."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def submit(
+        self, blocks: Sequence[Block], manifests: Sequence[ManifestRow], source: None
+    ) -> None:
+        """Admits blocks of our own; anything but acceptance is a mistake of the test."""
+        self._store.stage([], manifests)
+        for block in blocks:
+            validate_header(block, network=NETWORK, now_ms=NOW_MS)
+            verdict = admit(block, self._store)
+            assert isinstance(verdict, Accepted), verdict
+            self._store.accept(verdict.blocks, heads={verdict.model: (verdict.heads, verdict.root)})
+
+    def find_model(self, name: str) -> BlockId:
+        """The model with this name or id."""
+        for model in self._store.models():
+            block = self._store.block(model)
+            assert block is not None
+            if name in (block.header.meta["name"], cid_text(model)):
+                return model
+        raise Refused(ErrorCode.NOT_FOUND, f"no model {name}", "nobody has published it")
+
+    def heads(self, model: BlockId) -> Mapping[Subject, BlockId]:
+        """The current heads."""
+        return self._store.heads(model)
+
+    def heads_at(self, root: Root) -> tuple[BlockId, Mapping[Subject, BlockId]] | None:
+        """The heads that a root names."""
+        found = self._store.heads_at(root)
+        return None if found is None else (found.model, found.heads)
+
+    def models(self) -> Sequence[BlockId]:
+        """The models that have a release."""
+        return self._store.models()
+
+
+class CopyFetch:
+    """Copies chunks from the stores of running nodes; `copied` counts bytes."""
+
+    def __init__(self, swarm: "Swarm", store: Store) -> None:
+        self._swarm = swarm
+        self._store = store
+        self.copied = 0
+
+    async def fetch(self, blocks: Sequence[BlockId], progress: Progress) -> None:
+        """Raises `Refused` for a block of which a chunk is nowhere."""
+        await trio.lowlevel.checkpoint()
+        for done, block in enumerate(blocks):
+            for name, size in self._store.missing_chunks(block):
+                data = self._swarm.find_chunk(name)
+                if data is None:
+                    raise Refused(
+                        ErrorCode.BLOCK_MISSING,
+                        "a block cannot be fetched",
+                        "no connected peer has all of it",
+                        data={"block": cid_text(block)},
+                    )
+                self._store.put_chunks([(name, data)])
+                self.copied += size
+            progress(done + 1, len(blocks), "blocks")
+
+
+class SwarmNode:
+    """One node: its store, and its services in the order in which they depend on each other."""
+
+    def __init__(
+        self, swarm: "Swarm", name: str, role: Role, memory: int, *, auto: bool = False
+    ) -> None:
+        self.name = name
+        self.swarm = swarm
+        self.identity = identity(name)
+        self.store = open_store(swarm.directory / name)
+        self.network = swarm.fabric.node(self.identity, role=role, profile=PROFILE)
+        self.chain = LocalChain(self.store)
+        self.fetch = CopyFetch(swarm, self.store)
+        self.supply = Supply(self.store, self.fetch)
+        self.models = Models(self.store, self.supply)
+        self.holding = Holding(self.store, self.supply, self.models, memory)
+        self.compute = trio.CapacityLimiter(1)
+        self.serving = Serving(self.network, self.holding, PROFILE, self.compute)
+        self.adverts = Adverts(
+            self.network,
+            self.identity,
+            AdvertConfig(NETWORK, role, PROFILE, auto),
+            self.holding,
+            lambda: self.serving.queue_length,
+            lambda: NOW_MS + int(trio.current_time() * 1000) % 10**9,
+        )
+        self.layers = Layers(self.network, self.adverts, self.holding, self.compute)
+        self.trunks = Trunks(self.store, self.supply, self.holding)
+        self.generation = Generation(
+            self.chain, self.models, self.trunks, self.layers, self.compute
+        )
+
+    @property
+    def peer_id(self) -> PeerId:
+        """The node's id."""
+        return self.network.peer_id
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs until cancelled or killed."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.network.run)
+            await nursery.start(self.serving.run)
+            await nursery.start(self.adverts.run)
+            self.swarm.running[self.peer_id] = self
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                del self.swarm.running[self.peer_id]
+
+    async def publish(self, path: Path, name: str) -> Published:
+        """Publishes a checkpoint here, and gives its blocks to every node."""
+        author = Author(self.store, self.identity, NETWORK, lambda: NOW_MS)
+        limiter = trio.CapacityLimiter(1)
+        published = await Publish(self.store, self.chain, author, limiter).publish(path, name)
+        self.swarm.share(self)
+        return published
+
+    async def hold(self, model: BlockId, subjects: Iterable[str]) -> None:
+        """Holds experts by order, fetching what is missing."""
+        heads = self.store.heads(model)
+        for subject in subjects:
+            await self.holding.keep(heads[Subject(subject)], Reason.ORDER)
+
+
+class Swarm:
+    """The nodes of one test and the medium between them."""
+
+    def __init__(self, directory: Path, seed: int = 0) -> None:
+        self.directory = directory
+        self.fabric = Fabric(seed)
+        self.nodes: dict[str, SwarmNode] = {}
+        self.running: dict[PeerId, SwarmNode] = {}
+
+    def node(
+        self, name: str, role: Role = "gpu", memory: int = 1 << 30, *, auto: bool = False
+    ) -> SwarmNode:
+        """Makes a node; `started` runs it."""
+        self.nodes[name] = SwarmNode(self, name, role, memory, auto=auto)
+        return self.nodes[name]
+
+    def share(self, source: SwarmNode) -> None:
+        """Gives every other node the accepted blocks of `source`, headers and manifests alone."""
+        blocks = [source.store.block(id) for _, id in source.store.log(0, 1_000_000)]
+        known = [block for block in blocks if block is not None]
+        manifests = {b.header.body for b in known if b.header.body is not None}
+        rows = [(m, data) for m in manifests if (data := source.store.manifest_bytes(m))]
+        releases = {
+            b.id: subjects for b in known if (subjects := source.store.release_subjects(b.id))
+        }
+        from protocols.ids import model_root
+
+        heads = {
+            model: (source.store.heads(model), model_root(model, source.store.heads(model)))
+            for model in source.store.models()
+        }
+        for node in self.nodes.values():
+            if node is not source:
+                node.store.accept(known, rows, release_subjects=releases, heads=heads)
+
+    def find_chunk(self, name: bytes) -> bytes | None:
+        """A chunk from any running node's store."""
+        from protocols.ids import ChunkHash
+
+        for node in self.running.values():
+            if (data := node.store.get_chunk(ChunkHash(name))) is not None:
+                return data
+        return None
+
+    @asynccontextmanager
+    async def started(self) -> AsyncIterator[trio.Nursery]:
+        """Runs every node that was made so far, and closes the stores at the end."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for node in self.nodes.values():
+                    await nursery.start(node.run)
+                yield nursery
+                nursery.cancel_scope.cancel()
+        finally:
+            for node in self.nodes.values():
+                node.store.close()
+
+
+def block_of(text: str) -> BlockId:
+    """A block id from its text."""
+    return BlockId(parse_cid(text))
