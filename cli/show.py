@@ -231,10 +231,10 @@ def heads(document: dict[str, Any]) -> None:
         click.echo(f"{found['name']}  {found['model']}\n  root {found['root']}")
         table(("  subject", "head"), ((f"  {s}", b) for s, b in found["heads"].items()), "")
         for fork in found["forks"]:
-            others = ", ".join(fork["others"])
+            others, what = ", ".join(fork["others"]), fork["subject"] or "the first release"
             click.echo(
-                f"  fork of {fork['subject']} after {fork['base']}: {fork['chosen']} is the head, "
-                f"kept beside it: {others}"
+                f"  fork of {what} after {fork['base'] or 'nothing'}: {fork['chosen']} is the "
+                f"head, kept beside it: {others}"
             )
     if not document["models"]:
         click.echo("no models")

@@ -28,10 +28,13 @@ class HeadsRequest(Request, frozen=True):
 
 
 class Fork(Result, frozen=True):
-    """Successors of one base: `chosen` is the one that every node takes."""
+    """Successors of one base; `chosen` is the one that every node takes.
 
-    subject: str
-    base: str
+    `subject` and `base` are None where first releases of a model compete.
+    """
+
+    subject: str | None
+    base: str | None
     chosen: str
     others: list[str]
 

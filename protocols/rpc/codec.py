@@ -26,8 +26,9 @@ from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 T = TypeVar("T")
 RequestId = int | str
 
-# Strings first, so that a bracket inside one does not count. Possessive: linear on any input.
-_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|$)|[\[{]|[\]}]', re.DOTALL)
+# Strings first, so that a bracket inside one does not count. Possessive, and a quote always
+# begins a match (a string may be cut off, even in an escape): linear on any input.
+_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|$)|[\[{]|[\]}]', re.DOTALL)
 _BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, ValueError)
 
 
