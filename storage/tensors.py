@@ -58,8 +58,7 @@ class Ingest:
         tb: TracebackType | None,
     ) -> None:
         try:
-            if error is None:
-                self._send()
+            self._send()  # after an error as well: the next attempt finds what was done
             self._queue.put(None)
             self._thread.join()
         finally:

@@ -10,13 +10,11 @@ import trio
 from blyan_node.moe.config import parse_config
 from blyan_node.moe.export import write_checkpoint
 from blyan_node.services.supply import Progress, Supply, silent
-from protocols import limits
+from blyan_node.services.watched import Watched
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Root, Subject, cid_text, root_text
 from protocols.tensors.manifest import Dtype
 from storage.store import Store
-
-PROGRESS_BYTES = 8 * limits.MIB
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Export:
                 "Remove what is there, free some space, and export again.",
                 {"path": str(out)},
             ) from error
+        reading.end()
         return Exported(out, written.files, written.bytes)
 
 
@@ -86,10 +85,12 @@ class _Reading:
     def __init__(self, store: Store, heads: Mapping[Subject, BlockId], progress: Progress) -> None:
         self._store = store
         self._heads = heads
-        self._progress = progress
-        self._total = sum(store.body(id)[0].header.size for id in heads.values())
-        self._done = 0
-        self._told = 0
+        total = sum(store.body(id)[0].header.size for id in heads.values())
+        self._watched = Watched(progress, total, "export")
+
+    def end(self) -> None:
+        """Tells that everything was read."""
+        self._watched.end()
 
     def describe(self, subject: Subject) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
         """Types and shapes by name; a subject that the model lacks has none."""
@@ -103,10 +104,7 @@ class _Reading:
         block, manifest = self._store.body(self._heads[subject])
         for piece in self._store.read_tensor(block, manifest.tensor(name)):
             yield piece
-            self._done += len(piece)
-            if self._done - self._told >= PROGRESS_BYTES or self._done == self._total:
-                self._told = self._done
-                trio.from_thread.run_sync(self._progress, self._done, self._total, "export")
+            self._watched.add(len(piece))
 
 
 def require_empty(out: Path) -> None:

@@ -24,7 +24,7 @@ from blyan_node.services.authoring import (
     write_files,
 )
 from blyan_node.services.supply import Progress, silent
-from protocols import limits
+from blyan_node.services.watched import Watched
 from protocols.dag.header import Block, Kind
 from protocols.dag.heads import first_releases, follow
 from protocols.dag.release import ENTRY, encode_release
@@ -34,8 +34,6 @@ from protocols.tensors.manifest import Dtype
 from storage.pins import Pin
 from storage.store import Store
 from storage.tensors import Ingest
-
-PROGRESS_BYTES = 8 * limits.MIB
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,8 @@ class _Writing:
         self._author = author
         self._checkpoint = checkpoint
         self._name = name
-        self._progress = progress
-        self._done = 0
-        self._told = 0
-        self._total = checkpoint.size + sum(map(len, checkpoint.files.values()))
+        total = checkpoint.size + sum(map(len, checkpoint.files.values()))
+        self._watched = Watched(progress, total, name)
 
     def draft(self, ingest: Ingest) -> _Draft:
         """Stages what is new; returns when all of it is stored."""
@@ -148,13 +144,13 @@ class _Writing:
         reused = ingest.reused_bytes
         release = None if subjects == heads else self._release(ingest, model, subjects)
         fresh += release is not None
-        self._tell(force=True)
-        return _Draft(model, subjects, release, fresh, self._total, reused)
+        self._watched.end()
+        return _Draft(model, subjects, release, fresh, self._watched.total, reused)
 
     def _model(self, ingest: Ingest) -> tuple[BlockId, int]:
         """The model block: the one that is there, or a new one that is staged."""
         body = write_files(ingest, self._checkpoint.files)
-        self._done += body.manifest.size
+        self._watched.add(body.manifest.size)
         for id in self._store.models():
             block = self._store.block(id)
             if block is not None and self._is_ours(block):
@@ -226,11 +222,4 @@ class _Writing:
     def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         for piece in pieces:
             yield piece
-            self._done += len(piece)
-            self._tell()
-
-    def _tell(self, *, force: bool = False) -> None:
-        """Tells the event loop how far it is; raises `trio.Cancelled` if that was cancelled."""
-        if force or self._done - self._told >= PROGRESS_BYTES:
-            self._told = self._done
-            trio.from_thread.run_sync(self._progress, self._done, self._total, self._name)
+            self._watched.add(len(piece))

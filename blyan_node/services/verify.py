@@ -6,6 +6,7 @@ from functools import partial
 import trio
 
 from blyan_node.services.supply import Progress, silent
+from blyan_node.services.watched import Watched
 from protocols.errors import Refused
 from protocols.ids import BlockId
 from storage.errors import BlockMissing, Corrupt
@@ -55,17 +56,18 @@ class Verify:
     def _read(self, model: BlockId, progress: Progress) -> Verified:
         ids = self._blocks_of(model)
         whole, size, bad = 0, 0, list[Bad]()
-        for done, (id, subject) in enumerate(ids.items()):
-            trio.from_thread.run_sync(progress, done, len(ids), subject)
+        sizes = (b.header.size for id in ids if (b := self._store.block(id)) is not None)
+        watched = Watched(progress, sum(sizes), "verify")
+        for id, subject in ids.items():
             try:
-                read = self._read_block(id)
+                read = self._read_block(id, watched)
             except Refused as error:
                 bad.append(Bad(subject, id, error.why))
                 continue
             if read is not None:
                 whole += 1
                 size += read
-        trio.from_thread.run_sync(progress, len(ids), len(ids), "model")
+        watched.end()
         return Verified(whole, size, tuple(bad))
 
     def _blocks_of(self, model: BlockId) -> dict[BlockId, str]:
@@ -90,7 +92,7 @@ class Verify:
             frontier += following
         return found
 
-    def _read_block(self, id: BlockId) -> int | None:
+    def _read_block(self, id: BlockId, watched: Watched) -> int | None:
         """How many bytes of a block were read; None if it need not be here. Raises `Refused`."""
         block, manifest = self._store.body(id)
         if not block.signature_holds():
@@ -98,6 +100,7 @@ class Verify:
         missing = self._store.missing_chunks(id)
         if missing and self._store.pins.of(id) - {Pin.WANTED}:
             raise BlockMissing(id, block.header.subject, f"{len(missing)} chunks are not here")
-        for name, _ in manifest.chunks():
+        for name, size in manifest.chunks():
             self._store.get_chunk(name)
+            watched.add(size)
         return None if missing else manifest.size
