@@ -7,9 +7,10 @@ that a node that was given one address finds the others.
 Non-goals: authentication (Noise has done it), catching up (`/blyan/sync/1` does it).
 
 Sequence: the dialler opens a stream and sends its `Hello`; the listener answers with its own. Each
-side then judges the other's with `judge`. A refusal is told as an error reply, in words, so that
-both sides log one clear line; the connection is then closed. Later the same stream carries further
-pairs of hellos, by which rtt, log length and addresses stay fresh.
+side judges the other's with `judge`; where they do not fit, each logs why in one line and the
+connection is closed. Later the same stream carries a pair of `Still` every `still_every_s`, by which
+round trip and log length stay fresh and a dead link is noticed, and a pair of hellos every
+`hello_every_s`, by which addresses do.
 
 Limits: `hello_bytes_max` a message, `hello_addrs_max` addresses of one node, `hello_peers_max`
 peers told about. An address longer than `addr_bytes_max` is malformed.
@@ -61,8 +62,16 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     peers: list[KnownPeer]
 
 
+class Still(msgspec.Struct, frozen=True, kw_only=True):
+    """A sign of life; `rtt_us` is the round trip that its sender measured last, 0 if none."""
+
+    summary: HelloSummary
+    rtt_us: int
+
+
 MESSAGES = Messages(PROTOCOL)
 MESSAGES.register(1, Hello, bytes_max=hello_bytes_max)
+MESSAGES.register(2, Still, bytes_max=1024)
 
 
 def check(hello: Hello) -> None:

@@ -146,7 +146,12 @@ generations_max = 64
 replicas_max = 16
 placement_deficit_s = 2.0
 placement_surplus_s = 30.0
-placement_superseded_s = 120.0
+placement_superseded_s = 60.0
+placement_round_s = 1.0
+placement_refresh_s = 5.0  # a plan is made anew at least this often
+placement_retry_s = 15.0  # before a block that could not be loaded is tried again
+placement_dropped_s = 60.0  # for which a node does not take back what it was told to drop
+placement_batch_blocks_max = 4
 
 # RPC
 rpc_line_bytes_max = 4 * MIB

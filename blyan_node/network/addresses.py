@@ -1,0 +1,102 @@
+"""Multiaddrs: which to tell others, which to dial."""
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+from multiaddr.utils import get_network_addrs
+
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+from protocols.ids import PeerId, key_of
+from protocols.limits import addr_bytes_max, hello_addrs_max
+
+_HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
+def split_peer(text: str) -> tuple[str, PeerId]:
+    """`/ip4/.../tcp/1/p2p/ID` as ("/ip4/.../tcp/1", ID); raises `RemoteProtocolError`."""
+    addr, slash, peer = text.rpartition("/p2p/")
+    if not slash:
+        raise RemoteProtocolError("address", f"{text[:200]!r} does not end in /p2p/ID")
+    key_of(peer)
+    if not dialable(addr):
+        raise RemoteProtocolError("address", f"{text[:200]!r} is no TCP address")
+    return addr, PeerId(peer)
+
+
+def parse_bootstrap(text: str) -> tuple[str, PeerId]:
+    """As `split_peer`, for what a person has typed: raises `Refused`."""
+    try:
+        return split_peer(text)
+    except RemoteProtocolError as error:
+        raise Refused(
+            ErrorCode.BAD_INPUT,
+            "not an address to start from",
+            error.why,
+            "give a multiaddr such as /ip4/192.0.2.7/tcp/4040/p2p/12D3KooW..., as `id` shows it",
+            {"address": text[:200]},
+        ) from None
+
+
+def parse_listen(text: str) -> str:
+    """An address to listen on, `/ip4|ip6/ADDRESS/tcp/PORT`; raises `Refused`."""
+    try:
+        host, port = _host_and_port(text)
+        plain = f"/ip{ipaddress.ip_address(host).version}/{host}/tcp/{port}"
+    except ValueError:
+        plain, port = "", 0
+    if text != plain or not 0 <= port < 65536:
+        raise Refused(
+            ErrorCode.BAD_INPUT,
+            "not an address to listen on",
+            f"{text[:200]!r} is no multiaddr of an IP address and a TCP port",
+            "for example /ip4/0.0.0.0/tcp/4040",
+            {"address": text[:200]},
+        )
+    return text
+
+
+def dialable(text: str) -> bool:
+    """Whether this is a TCP address, with a host and a port that one can dial."""
+    if len(text.encode()) > addr_bytes_max:
+        return False
+    try:
+        names = [protocol.name for protocol in Multiaddr(text).protocols()]
+        host, port = _host_and_port(text)
+    except (MultiaddrError, ValueError):
+        return False
+    if len(names) != 2 or names[0] not in _HOSTS or names[1] != "tcp" or port == 0:
+        return False
+    return names[0] not in ("ip4", "ip6") or not ipaddress.ip_address(host).is_unspecified
+
+
+def dialable_ones(addrs: Iterable[str]) -> list[str]:
+    """The dialable ones of what a peer says, once each, at most `hello_addrs_max`."""
+    return [addr for addr in dict.fromkeys(addrs) if dialable(addr)][:hello_addrs_max]
+
+
+def announced(listening: Sequence[str], announce: Sequence[str]) -> list[str]:
+    """What to tell others: `announce` if there is any, else where the sockets really are.
+
+    A socket on all interfaces stands for each interface's address; the loopback is told only by a
+    node that has nothing else, or that listens on it alone.
+    """
+    if announce:
+        return [addr.partition("/p2p/")[0] for addr in announce][:hello_addrs_max]
+    found: list[str] = []
+    for addr in listening:
+        host, port = _host_and_port(addr)
+        if not ipaddress.ip_address(host).is_unspecified:
+            found.append(addr)
+            continue
+        version = 6 if ":" in host else 4
+        loopback = "::1" if version == 6 else "127.0.0.1"
+        hosts = get_network_addrs(version) or [loopback]
+        found += [f"/ip{version}/{h}/tcp/{port}" for h in hosts]
+    return dialable_ones(found)
+
+
+def _host_and_port(addr: str) -> tuple[str, int]:
+    _, _, host, _, port = addr.split("/")[:5]
+    return host, int(port)

@@ -1,0 +1,90 @@
+"""Dials whom the address book says is due, a few at a time, with the book's backoff."""
+
+import logging
+from collections.abc import Callable, Collection
+
+import trio
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from blyan_node.network.addressbook import AddressBook
+from blyan_node.network.host import GuardedSwarm
+from protocols.ids import PeerId
+from protocols.limits import dial_s_max, dials_at_once_max
+
+log = logging.getLogger("blyan.network")
+
+_LOOK_AT_LEAST_EVERY_S = 5.0
+
+
+class Dialer:
+    """Keeps the connections that the book wants."""
+
+    def __init__(
+        self,
+        swarm: GuardedSwarm,
+        book: AddressBook,
+        connected: Callable[[], Collection[PeerId]],
+        admits: Callable[[PeerId], bool],
+    ) -> None:
+        self._swarm = swarm
+        self._book = book
+        self._connected = connected
+        self._admits = admits
+        self._dialling: set[PeerId] = set()
+        self._room = trio.CapacityLimiter(dials_at_once_max)
+        self._changed = trio.Event()
+
+    def wake(self) -> None:
+        """The book or the connections changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Dials for ever."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._changed = trio.Event()
+                busy = {*self._connected(), *self._dialling}
+                now = trio.current_time()
+                for peer in self._book.due(now, busy):
+                    if self._admits(peer):
+                        self._dialling.add(peer)
+                        nursery.start_soon(self._dial_due, peer)
+                    else:
+                        self._book.refused(peer, now)
+                due = self._book.next_due({*self._connected(), *self._dialling})
+                wait = _LOOK_AT_LEAST_EVERY_S if due is None else due - trio.current_time()
+                with trio.move_on_after(min(max(wait, 0.05), _LOOK_AT_LEAST_EVERY_S)):
+                    await self._changed.wait()
+
+    async def _dial_due(self, peer: PeerId) -> None:
+        try:
+            async with self._room:
+                why = await self.dial(peer)
+            if why is not None:
+                log.debug("dialling %s failed: %s", peer, why, extra={"peer": peer})
+        finally:
+            self._dialling.discard(peer)
+            self.wake()
+
+    async def dial(self, peer: PeerId) -> str | None:
+        """Tries each address of `peer` in turn; None, or why all failed.
+
+        `Swarm.dial_peer` would try a single TCP address, wait 250 ms over it, and then refuse the
+        peer for 60 s.
+        """
+        why = "no known address"
+        for addr in self._book.addrs(peer):
+            try:
+                with trio.fail_after(dial_s_max):
+                    await self._swarm.dial_addr(Multiaddr(addr), ID.from_base58(peer))
+            except trio.TooSlowError:
+                why = f"{addr}: no answer within {dial_s_max} s"
+            except Exception as error:  # py-libp2p's errors share no base
+                why = f"{addr}: {error}"
+            else:
+                self._book.worked(peer, addr)
+                self._book.connected(peer, trio.current_time())
+                return None
+        self._book.failed(peer, trio.current_time())
+        return why

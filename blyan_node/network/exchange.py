@@ -1,0 +1,151 @@
+"""Requests to peers and from peers: which channel, which handler, who may ask."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
+
+from blyan_node.network.channels import AnsweringChannel, AskingChannel, StreamEnded
+from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
+from blyan_node.network.host import GuardedHost
+from blyan_node.network.interface import Counters, Handler
+from protocols.errors import ErrorCode, LocalProtocolError, Refused
+from protocols.ids import PeerId
+from protocols.limits import channel_open_s_max, channels_per_protocol_max
+from protocols.wire import Messages
+
+log = logging.getLogger("blyan.network")
+
+Gate = Callable[[PeerId, str], Awaitable[bool]]
+Blame = Callable[[PeerId, Exception], None]
+
+
+class Exchange:
+    """All channels of one node."""
+
+    def __init__(self, host: GuardedHost, counters: Counters, gate: Gate, blame: Blame) -> None:
+        self._host = host
+        self._counters = counters
+        self._gate = gate
+        self._blame = blame
+        self._served: dict[str, tuple[Messages, Handler]] = {}
+        self._asking: dict[tuple[PeerId, str], AskingChannel] = {}
+        self._opening: dict[tuple[PeerId, str], trio.Lock] = {}
+        self._answering: dict[tuple[PeerId, str], list[AnsweringChannel]] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def handle(self, protocol: str, messages: Messages, handler: Handler) -> None:
+        """See `PeerNetwork.handle`."""
+        if protocol in self._served or self._nursery is not None:
+            raise LocalProtocolError(f"{protocol} is handled already, or too late")
+        self._served[protocol] = (messages, handler)
+
+    def serve(self, nursery: trio.Nursery) -> None:
+        """From now on streams are accepted; their tasks run in `nursery`."""
+        self._nursery = nursery
+        for protocol in self._served:
+            self._host.set_stream_handler(TProtocol(protocol), self._accept)
+
+    async def request(
+        self, peer: PeerId, protocol: str, messages: Messages, message: object, timeout_s: float
+    ) -> Any:
+        """See `PeerNetwork.request`."""
+        data = messages.encode(message)
+        self._counters.requests_sent += 1
+        try:
+            with trio.fail_after(timeout_s):
+                channel = await self._channel(peer, protocol)
+                reply = await channel.ask(data)
+        except trio.TooSlowError:
+            raise RequestTimeout(peer, protocol, timeout_s) from None
+        except StreamEnded as ended:
+            raise PeerGone(peer, str(ended)) from None
+        except Refused as refused:
+            raise PeerRefused(peer, refused) from None
+        return messages.decode(reply)
+
+    def messages(self, protocol: str) -> Messages:
+        """The codec of a protocol that is handled here; asking and answering share it."""
+        if protocol not in self._served:
+            raise LocalProtocolError(f"{protocol} has no handler here, so no known messages")
+        return self._served[protocol][0]
+
+    def drop(self, peer: PeerId) -> None:
+        """The last connection to `peer` is gone: fails what was asked of it, at once."""
+        for key in [key for key in self._asking if key[0] == peer]:
+            self._asking.pop(key).fail("the connection ended")
+        for key in [key for key in self._opening if key[0] == peer]:
+            if not self._opening[key].locked():
+                del self._opening[key]
+
+    async def _channel(self, peer: PeerId, protocol: str) -> AskingChannel:
+        key = (peer, protocol)
+        channel = self._asking.get(key)
+        if channel is not None and channel.usable:
+            return channel
+        async with self._opening.setdefault(key, trio.Lock()):
+            channel = self._asking.get(key)
+            if channel is None or not channel.usable:
+                channel = AskingChannel(await self._open(peer, protocol), self._counters)
+                self._asking[key] = channel
+                assert self._nursery is not None
+                self._nursery.start_soon(self._run_asking, key, channel)
+            return channel
+
+    async def _open(self, peer: PeerId, protocol: str) -> INetStream:
+        try:
+            with trio.fail_after(channel_open_s_max):
+                return await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)])
+        except trio.TooSlowError:
+            raise StreamEnded(f"no stream within {channel_open_s_max} s") from None
+        except Exception as error:  # py-libp2p's errors share no base
+            if "protocol not supported" in _causes(error):
+                why = f"{protocol} is not spoken there"
+                raise Refused(ErrorCode.NOT_FOUND, why, "") from None
+            raise StreamEnded(str(error)) from None
+
+    async def _run_asking(self, key: tuple[PeerId, str], channel: AskingChannel) -> None:
+        await channel.run()
+        if self._asking.get(key) is channel:
+            del self._asking[key]
+        if channel.error is not None:
+            self._blame(key[0], channel.error)
+
+    async def _accept(self, stream: INetStream) -> None:
+        """Runs in libp2p's handler task; the channel itself runs in our nursery."""
+        peer, protocol = PeerId(str(stream.muxed_conn.peer_id)), str(stream.get_protocol())
+        if self._nursery is None or not await self._gate(peer, protocol):
+            await stream.reset()
+            return
+        channel = AnsweringChannel(
+            peer, stream, self._counters, self._served[protocol], self._blame
+        )
+        beside = self._answering.setdefault((peer, protocol), [])
+        beside.append(channel)
+        ended = trio.Event()
+
+        async def run() -> None:
+            try:
+                await channel.run()
+            finally:
+                beside.remove(channel)
+                if not beside:
+                    self._answering.pop((peer, protocol), None)
+                ended.set()
+
+        self._nursery.start_soon(run)
+        if len(beside) > channels_per_protocol_max:
+            await beside[0].close()  # the newest ones are those that the peer uses
+        await ended.wait()
+
+
+def _causes(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return " ".join(texts)

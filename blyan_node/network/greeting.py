@@ -1,0 +1,149 @@
+"""Hello on every connection, first and in both directions, and the signs of life after it.
+
+The dialler asks, so each side has heard the other's hello before any other protocol of ours is
+spoken: the listener when the request comes, the dialler when the reply does. Afterwards the dialler
+shows every `still_every_s` that it is there, which gives both the round trip and tells both of a
+dead link that TCP would not notice for many minutes.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from blyan_node.network.addressbook import AddressBook
+from blyan_node.network.addresses import dialable_ones
+from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
+from blyan_node.network.interface import NetworkConfig, Peer, PeerNetwork
+from blyan_node.network.peers import PeerTable
+from protocols.errors import RemoteProtocolError
+from protocols.hello import (
+    MESSAGES,
+    PROTOCOL,
+    Hello,
+    HelloSummary,
+    Still,
+    check,
+    hello_of,
+    judge,
+)
+from protocols.ids import PeerId
+from protocols.limits import hello_every_s, hello_s_max, silence_s_max, still_every_s
+
+log = logging.getLogger("blyan.network")
+
+__all__ = ["MESSAGES", "PROTOCOL", "Greeted", "Greeting"]
+
+
+@dataclass(frozen=True)
+class Greeted:
+    """What greeting tells the network."""
+
+    passed: Callable[[Peer], None]
+    misfit: Callable[[PeerId], None]
+
+
+class Greeting:
+    """Speaks `/blyan/hello/1` for one node."""
+
+    def __init__(
+        self,
+        network: PeerNetwork,
+        config: NetworkConfig,
+        summary: Callable[[], HelloSummary],
+        table: PeerTable,
+        book: AddressBook,
+    ) -> None:
+        self._network = network
+        self._config = config
+        self._summary = summary
+        self._table = table
+        self._book = book
+        self._said: set[tuple[PeerId, str]] = set()
+        self.greeted: Greeted
+
+    def ours(self) -> Hello:
+        """Our hello at this moment."""
+        return hello_of(
+            self._config.network_id,
+            self._config.network_name,
+            version=self._config.version,
+            role=self._config.role,
+            profile=self._config.profile,
+            summary=self._summary(),
+            addrs=[addr.rpartition("/p2p/")[0] for addr in self._network.addrs],
+            peers=[
+                (peer.peer_id, [addr.rpartition("/p2p/")[0] for addr in peer.addrs])
+                for peer in self._table.values()
+            ],
+        )
+
+    async def answer(self, peer: PeerId, message: Hello | Still) -> Hello | Still:
+        """The listener's side."""
+        if isinstance(message, Hello):
+            ours = self.ours()  # before we know the peer: it need not be told of itself
+            self._take(peer, message)
+            return ours
+        self._table.heard(peer, trio.current_time(), message.summary)
+        if message.rtt_us:
+            self._table.measured(peer, message.rtt_us / 1000)
+        return Still(summary=self._summary(), rtt_us=0)
+
+    async def begin(self, peer: PeerId) -> None:
+        """The dialler's side: says hello; raises as `request` does if that fails."""
+        began = trio.current_time()
+        theirs = await self._network.request(peer, PROTOCOL, self.ours(), timeout_s=hello_s_max)
+        if not isinstance(theirs, Hello):
+            raise RemoteProtocolError("hello", "answered with something else")
+        if self._take(peer, theirs):
+            self._table.measured(peer, 1000 * (trio.current_time() - began))
+
+    def _take(self, peer: PeerId, hello: Hello) -> bool:
+        check(hello)
+        why = judge(self.ours(), hello)
+        if why is not None:
+            if (peer, why) not in self._said:  # once; the redials that follow say nothing new
+                log.warning("peer %s %s", peer, why, extra={"peer": peer})
+                if len(self._said) < 1000:
+                    self._said.add((peer, why))
+            self.greeted.misfit(peer)
+            return False
+        now = trio.current_time()
+        self._book.learn(peer, dialable_ones(hello.addrs), now)
+        for known in hello.peers:
+            if known.peer_id not in self._table:
+                self._book.learn(PeerId(known.peer_id), dialable_ones(known.addrs), now)
+        if new := self._table.add(peer, hello, unix_s=time.time(), now=now):
+            self.greeted.passed(new)
+        return True
+
+    async def keep(self, peer: PeerId) -> None:
+        """The dialler's side, until the peer is gone."""
+        last_hello, rtt_us = trio.current_time(), 0
+        while peer in self._table:
+            await trio.sleep(still_every_s)
+            began = trio.current_time()
+            try:
+                if began - last_hello >= hello_every_s:
+                    last_hello = began
+                    await self.begin(peer)
+                    continue
+                still = Still(summary=self._summary(), rtt_us=rtt_us)
+                reply = await self._network.request(peer, PROTOCOL, still, timeout_s=still_every_s)
+            except RequestTimeout:
+                continue  # `silent` counts
+            except PeerGone:
+                continue  # the stream ended; if the connection did too, the loop ends
+            except (PeerRefused, RemoteProtocolError) as error:
+                self._network.penalise(peer, error)
+                continue
+            now = trio.current_time()
+            rtt_us = int(1e6 * (now - began))
+            self._table.measured(peer, 1000 * (now - began))
+            self._table.heard(peer, now, reply.summary if isinstance(reply, Still) else None)
+
+    def silent(self) -> list[PeerId]:
+        """The peers that have given no sign of life for too long."""
+        return self._table.silent(trio.current_time(), silence_s_max)

@@ -1,0 +1,158 @@
+"""The libp2p host: Noise over TCP, yamux, identify, ping; and the one wrapper around handlers.
+
+An exception that leaves a stream handler ends a stock host, and nearly all of them are a peer's
+doing. So `GuardedSwarm` catches what leaves any handler and hands it to `HostEvents`. Our own
+protocols do not run inside these handlers (see `channels`), so a bug of ours still stops the node.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from libp2p.abc import IMuxedConn, INetStream
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
+from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from blyan_node.network.muxer import GuardedMuxer, GuardedYamux
+from protocols.ids import PeerId
+from protocols.limits import dial_s_max, hello_s_max, peers_max
+from protocols.signing import Identity
+
+log = logging.getLogger("blyan.network")
+
+
+class HostEvents(Protocol):
+    """What the host tells the network, and asks it."""
+
+    def connected(self, peer: PeerId, *, dialled: bool) -> None:
+        """A connection is up; hello has not been said."""
+
+    def disconnected(self, peer: PeerId) -> None:
+        """The last connection to `peer` is gone."""
+
+    def failed(self, peer: PeerId, protocol: str, error: Exception) -> None:
+        """A handler of libp2p's own protocols raised."""
+
+    def admits(self, peer: PeerId) -> bool:
+        """Whether a connection with `peer` is wanted at all."""
+
+    def announced(self, listening: Sequence[str]) -> list[str]:
+        """The addresses to tell others, given those that the sockets listen on."""
+
+
+class GuardedSwarm(Swarm):
+    """A swarm that no peer can stop, wear out or wedge."""
+
+    events: HostEvents
+
+    def set_stream_handler(self, stream_handler: StreamHandlerFn) -> None:
+        """Wraps the one handler behind which all protocols are."""
+
+        async def guarded(stream: INetStream) -> None:
+            try:
+                await stream_handler(stream)
+            except Exception as error:  # py-libp2p's errors share no base; a peer causes them
+                peer = PeerId(str(stream.muxed_conn.peer_id))
+                self.events.failed(peer, str(stream.get_protocol()), error)
+                await stream.reset()
+
+        super().set_stream_handler(guarded)
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """Admits a connection whose other end has proved who it is."""
+        peer = PeerId(str(muxed_conn.peer_id))
+        if not self.events.admits(peer):
+            await muxed_conn.close()
+            raise SwarmException(f"peer {peer} is not admitted")
+        conn = await super().add_conn(muxed_conn, direction)
+        if not conn.is_closed:
+            self.events.connected(peer, dialled=direction == "outbound")
+        return conn
+
+    def remove_conn(self, swarm_conn: SwarmConn) -> None:
+        """Forgets a connection; tells of it at once, where the stock event comes 0.1 s later."""
+        known = swarm_conn in self.get_connections(swarm_conn.muxed_conn.peer_id)
+        super().remove_conn(swarm_conn)
+        if known and not self.get_connections(swarm_conn.muxed_conn.peer_id):
+            self.events.disconnected(PeerId(str(swarm_conn.muxed_conn.peer_id)))
+
+    async def _do_handle_inbound_connection(
+        self, read_write_closer: ReadWriteCloser, maddr: Multiaddr, failure_event: Any
+    ) -> None:
+        # The stock method holds its slot until the swarm ends: after as many connections as there
+        # are slots, however short, nobody is let in any more.
+        raw = RawConnection(read_write_closer, False)
+        try:
+            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+            assert isinstance(muxed, GuardedYamux)
+            await muxed.event_closed.wait()
+        except Exception as error:  # garbage in a handshake; py-libp2p's errors share no base
+            log.debug("inbound connection failed: %r", error)
+            await raw.close()
+
+    async def abort_all(self) -> None:
+        """Closes every socket at once, for when closing politely takes too long."""
+        for conn in self.get_connections():
+            assert isinstance(conn.muxed_conn, GuardedYamux)
+            await conn.muxed_conn.abort()
+
+
+class GuardedHost(BasicHost):
+    """Identify runs in trio's system tasks, where an exception would end the process."""
+
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        try:
+            await super()._identify_peer(peer_id, reason=reason)
+        except Exception as error:  # py-libp2p's errors share no base; a peer causes them
+            log.debug("identify of %s failed: %r", peer_id, error)
+
+
+def build_host(identity: Identity, events: HostEvents) -> GuardedHost:
+    """A host that does not run yet. Noise alone: the default would accept plaintext too."""
+    private = Ed25519PrivateKey.from_bytes(identity.seed)
+    keys = KeyPair(private, private.get_public_key())
+    peer = ID.from_pubkey(keys.public_key)
+    noise = NoiseTransport(keys, noise_privkey=create_noise_key().private_key)
+    upgrader = TransportUpgrader({NOISE: noise}, {TProtocol(YAMUX): GuardedYamux})
+    upgrader.muxer_multistream = GuardedMuxer({TProtocol(YAMUX): GuardedYamux}, hello_s_max)
+    peerstore = PeerStore()
+    peerstore.add_key_pair(peer, keys)
+    swarm = GuardedSwarm(
+        peer,
+        peerstore,
+        upgrader,
+        transports=[TCP()],
+        retry_config=RetryConfig(max_retries=0),  # we redial with our own backoff
+        connection_config=ConnectionConfig(
+            max_connections=peers_max,
+            high_watermark=peers_max,
+            min_connections=0,  # no dialling on its own
+            low_watermark=0,
+            inbound_upgrade_timeout=hello_s_max,
+            outbound_upgrade_timeout=hello_s_max,
+            dial_timeout=dial_s_max,
+        ),
+    )
+    swarm.events = events
+    return GuardedHost(
+        swarm,
+        addrs_factory=lambda found: [Multiaddr(a) for a in events.announced([*map(str, found)])],
+        disable_identify_address_discovery=True,
+    )

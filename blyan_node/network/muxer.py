@@ -1,0 +1,86 @@
+"""yamux with the bounds that py-libp2p 0.8.1 leaves out.
+
+What the stock muxer does, and this one does not:
+
+* an exception out of `start` ends the whole swarm; here it ends the connection;
+* a cancelled `write` leaves half a record on the wire and kills the connection; here a record
+  that was begun is finished, in at most `write_stall_s_max`;
+* a peer may fill our memory by ignoring the window, or by opening streams without end.
+
+`MuxerMultistream` ignores other classes under `/yamux/1.0.0`, so `GuardedMuxer` makes ours itself.
+"""
+
+import logging
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.stream_muxer.yamux.yamux import Yamux
+
+from protocols.limits import (
+    streams_per_peer_max,
+    unread_bytes_per_peer_max,
+    write_stall_s_max,
+)
+
+log = logging.getLogger("blyan.network")
+
+
+class GuardedYamux(Yamux):
+    """One connection's streams."""
+
+    async def start(self) -> None:
+        """Serves the connection until it ends; nothing that a peer sends gets out of here."""
+        try:
+            await super().start()
+        except Exception as error:  # py-libp2p's errors share no base, and a peer causes them all
+            log.debug("connection to %s broke: %r", self.peer_id, error)
+            await self._cleanup_on_error()
+        finally:
+            self.event_started.set()  # Swarm.add_conn waits for it, whatever happened
+
+    async def _write_frame(self, data: bytes) -> None:
+        async with self._write_lock:
+            with trio.CancelScope(shield=True) as scope:
+                scope.deadline = trio.current_time() + write_stall_s_max
+                await self.secured_conn.write(data)
+        if scope.cancelled_caught:
+            await self.abort()
+            raise ConnectionClosedError(f"no bytes taken for {write_stall_s_max} s")
+
+    async def abort(self) -> None:
+        """Closes the socket under the muxer: the reader sees the end, and cleans up."""
+        await self.secured_conn.close()
+
+    async def _read_data_body(self, length: int) -> bytes:
+        unread = sum(len(buffer) for buffer in self.stream_buffers.values())
+        if unread + length > unread_bytes_per_peer_max:
+            log.info("peer %s ignores its window; disconnected", self.peer_id)
+            raise trio.TooSlowError  # the one error here that ends the connection
+        return await super()._read_data_body(length)
+
+    async def accept_stream(self) -> IMuxedStream:
+        """The next stream that the peer opens; those beyond the limit are reset."""
+        while True:
+            stream = await super().accept_stream()
+            ours = 1 if self.is_initiator else 0
+            theirs = sum(1 for number in self.streams if number % 2 != ours)
+            if theirs <= streams_per_peer_max:
+                return stream
+            await stream.reset()
+
+
+class GuardedMuxer(MuxerMultistream):
+    """Negotiates yamux and nothing else."""
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """The muxed connection over `conn`."""
+        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        muxed = GuardedYamux(conn, peer_id, is_initiator=conn.is_initiator, on_close=_nothing)
+        return self._annotate_connection(muxed, conn, protocol)
+
+
+async def _nothing() -> None:
+    """Stands in until the swarm sets its own hook."""

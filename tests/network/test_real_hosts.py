@@ -1,0 +1,194 @@
+"""Real hosts on loopback in one trio run: hello, requests, gossip, providers, ends."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import trio
+
+from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
+from blyan_node.network.interface import NetworkConfig, PeerDown, PeerEvent, PeerNetwork, PeerUp
+from blyan_node.network.network import Network
+from blyan_node.testing.trio_tests import trio_test
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+from protocols.hello import HelloSummary
+from protocols.ids import NetworkId, PeerId, cid
+from protocols.signing import Identity
+from protocols.wire import Messages
+
+ECHO = "/blyan/echo/1"
+MESSAGES = Messages(ECHO)
+NETWORK = NetworkId(cid(b"loopback"))
+
+
+class Echo(msgspec.Struct, frozen=True):
+    text: str
+    data: bytes = b""
+
+
+MESSAGES.register(1, Echo, bytes_max=3_000_000)
+
+
+async def echo(peer: PeerId, message: Echo) -> Echo:
+    if message.text == "refuse":
+        raise Refused(ErrorCode.BUSY, "busy", "a test", data={"queue": 3})
+    if message.text == "malformed":
+        raise RemoteProtocolError("echo", "a test")
+    if message.text == "hang":
+        await trio.sleep_forever()
+    return Echo(message.text.upper(), message.data)
+
+
+def node(number: int, *bootstrap: str, network: NetworkId = NETWORK, **extra: str) -> Network:
+    config = NetworkConfig(
+        network_id=network,
+        network_name=extra.get("name", "loopback"),
+        role="main",
+        version="0.1.0",
+        profile="test",
+        listen=("/ip4/127.0.0.1/tcp/0",),
+        bootstrap=bootstrap,
+        seed=number,
+    )
+    net = Network(
+        Identity.from_seed(bytes([number]) * 32),
+        config,
+        lambda: HelloSummary(log_id=bytes([number]) * 16, log_length=number),
+    )
+    net.handle(ECHO, MESSAGES, echo)
+    return net
+
+
+@asynccontextmanager
+async def running(*nets: Network) -> AsyncIterator[trio.Nursery]:
+    async with trio.open_nursery() as nursery:
+        for net in nets:
+            await nursery.start(net.run)
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Network, Network, trio.Nursery]]:
+    alice = node(1)
+    async with running(alice) as nursery:
+        bob = node(2, alice.addrs[0])
+        events = bob.peer_events()
+        await nursery.start(bob.run)
+        await up(events, alice.peer_id)
+        yield alice, bob, nursery
+
+
+async def up(events: trio.MemoryReceiveChannel[PeerEvent], peer: PeerId) -> None:
+    async for event in events:
+        if isinstance(event, PeerUp) and event.peer.peer_id == peer:
+            return
+
+
+async def down(events: trio.MemoryReceiveChannel[PeerEvent], peer: PeerId) -> None:
+    async for event in events:
+        if isinstance(event, PeerDown) and event.peer.peer_id == peer:
+            return
+
+
+def accept(peer: PeerId, data: bytes) -> None:
+    if data.startswith(b"bad"):
+        raise RemoteProtocolError("test", "bad")
+
+
+@trio_test
+async def test_hello_and_requests_both_ways() -> None:
+    async with pair() as (alice, bob, _):
+        told = bob.peers[alice.peer_id]
+        assert told.role == "main" and told.summary == HelloSummary(
+            log_id=bytes([1]) * 16, log_length=1
+        )
+        assert told.addrs == tuple(alice.addrs) and told.rtt_ms is not None
+        as_interface: PeerNetwork = alice
+        for asker, asked in ((as_interface, bob), (bob, alice)):
+            assert await asker.request(asked.peer_id, ECHO, Echo("hi")) == Echo("HI")
+        big = Echo("big", bytes(2_500_000))
+        assert (await alice.request(bob.peer_id, ECHO, big)).data == big.data
+
+
+@trio_test
+async def test_how_requests_fail() -> None:
+    async with pair() as (alice, bob, _):
+        with pytest.raises(PeerRefused, match="busy") as refused:
+            await alice.request(bob.peer_id, ECHO, Echo("refuse"))
+        assert refused.value.refused.data == {"queue": 3}
+        with pytest.raises(PeerRefused, match="malformed"):
+            await alice.request(bob.peer_id, ECHO, Echo("malformed"))
+        assert bob.peers[alice.peer_id].score < 0
+        with pytest.raises(RequestTimeout):
+            await alice.request(bob.peer_id, ECHO, Echo("hang"), timeout_s=0.05)
+        assert await alice.request(bob.peer_id, ECHO, Echo("still")) == Echo("STILL")
+        stranger = Identity.from_seed(bytes([9]) * 32).peer_id
+        with pytest.raises(PeerGone, match="not connected"):
+            await alice.request(stranger, ECHO, Echo("hi"))
+
+
+@trio_test
+async def test_a_peer_that_stops_is_noticed_at_once() -> None:
+    alice = node(1)
+    async with running(alice) as nursery:
+        events = alice.peer_events()
+        bob = node(2, alice.addrs[0])
+        async with trio.open_nursery() as life:
+            await life.start(bob.run)
+            await up(events, bob.peer_id)
+
+            async def hangs() -> None:
+                with pytest.raises(PeerGone):
+                    await alice.request(bob.peer_id, ECHO, Echo("hang"))
+
+            nursery.start_soon(hangs)
+            await trio.sleep(0.1)
+            began = trio.current_time()
+            life.cancel_scope.cancel()
+            with trio.fail_after(1):
+                await down(events, bob.peer_id)
+        assert trio.current_time() - began < 2.5, "closing took too long"
+        assert not alice.peers
+
+
+@trio_test
+async def test_gossip_reaches_all_once() -> None:
+    alice = node(1)
+    inboxes = [alice.subscribe("blocks", accept, 100)]
+    async with running(alice) as nursery:
+        others = [node(i, alice.addrs[0]) for i in (2, 3, 4)]
+        for net in others:
+            inboxes.append(net.subscribe("blocks", accept, 100))
+            await nursery.start(net.run)
+        with trio.fail_after(20):
+            while not all(len(net.peers) == 3 for net in (alice, *others)):
+                await trio.sleep(0.05)
+        await trio.sleep(1.5)
+        for i in range(50):
+            await others[0].publish("blocks", b"message %d" % i)
+        for inbox in (inboxes[0], inboxes[2], inboxes[3]):
+            with trio.fail_after(10):
+                got = {(await inbox.receive())[1] for _ in range(50)}
+            assert got == {b"message %d" % i for i in range(50)}
+        assert inboxes[1].statistics().current_buffer_used == 0
+
+
+@trio_test
+async def test_a_wrong_network_is_said_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "blyan.network")
+    alice = node(1)
+    async with running(alice) as nursery:
+        other = node(2, alice.addrs[0], network=NetworkId(cid(b"other")), name="elsewhere")
+        await nursery.start(other.run)
+        with trio.fail_after(10):
+            while len(caplog.records) < 2:
+                await trio.sleep(0.05)
+        await trio.sleep(2)
+        assert not alice.peers and not other.peers
+    lines = sorted(record.getMessage() for record in caplog.records)
+    assert len(lines) == 2, lines
+    assert any("'elsewhere'" in l and "we to 'loopback'" in l for l in lines)
+    assert any("'loopback'" in l and "we to 'elsewhere'" in l for l in lines)
