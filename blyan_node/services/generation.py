@@ -16,7 +16,7 @@ import numpy as np
 import trio
 
 from blyan_node.moe.arrays import tensor_of
-from blyan_node.moe.rows import write_tensors
+from blyan_node.moe.arrays import write_tensors
 from blyan_node.moe.sampling import Sampler
 from blyan_node.services.account import Account
 from blyan_node.services.compute import Rows
@@ -26,6 +26,7 @@ from blyan_node.services.session import Choices, Session
 from blyan_node.services.supply import Progress, silent
 from blyan_node.services.trunks import Trunks
 from protocols import limits
+from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Root, Subject, model_root, parse_root, root_text
 from protocols.rpc.generate import (
@@ -35,22 +36,20 @@ from protocols.rpc.generate import (
     GenerateResult,
     Token,
 )
+from storage.store import Store
 
 Emit = Callable[[Token], None]
 Finish = Literal["length", "stop", "cancelled"]
 
 
 class Heads(Protocol):
-    """What generation needs of the chain."""
+    """What generation needs of the chain; `blyan_node.services.chain.Chain` is it."""
 
-    def find_model(self, name: str) -> BlockId:
+    def find_model(self, text: str, /) -> Block:
         """The model of that name or id; raises `Refused` NOT_FOUND or AMBIGUOUS."""
 
-    def heads(self, model: BlockId) -> Mapping[Subject, BlockId]:
+    def heads(self, model: BlockId, /) -> Mapping[Subject, BlockId]:
         """The current head of each subject."""
-
-    def heads_at(self, root: Root) -> tuple[BlockId, Mapping[Subject, BlockId]] | None:
-        """The model and the heads that a root names, if it is known here."""
 
 
 @dataclass
@@ -69,12 +68,14 @@ class Generation:
     def __init__(
         self,
         chain: Heads,
+        store: Store,
         models: Models,
         trunks: Trunks,
         layers: Layers,
         compute: trio.CapacityLimiter,
     ) -> None:
         self._chain = chain
+        self._store = store
         self._models = models
         self._trunks = trunks
         self._layers = layers
@@ -155,13 +156,13 @@ class Generation:
         self, name: str, root_name: str | None
     ) -> tuple[BlockId, Root, Mapping[Subject, BlockId]]:
         """The model, the root and its heads. Raises `Refused`."""
-        model = self._chain.find_model(name)
+        model = self._chain.find_model(name).id
         if root_name is None:
             heads = self._chain.heads(model)
             return model, model_root(model, heads), heads
         root = parse_root(root_name)
-        found = self._chain.heads_at(root)
-        if found is None or found[0] != model:
+        found = self._store.heads_at(root)
+        if found is None or found.model != model:
             raise Refused(
                 ErrorCode.NOT_FOUND,
                 f"the model {name} has no root {root_name}",
@@ -169,7 +170,7 @@ class Generation:
                 "`blyan-node model show` has the current one.",
                 {"root": root_name},
             )
-        return model, root, found[1]
+        return model, root, found.heads
 
     async def _decode(
         self, prompt: Sequence[int], request: GenerateRequest, answer: _Answer, writer: "_Writer"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 import trio
 
@@ -96,6 +97,7 @@ class Holding:
         self._models = models
         self._held: dict[BlockId, Held] = {}  # the longest unused first
         self._leaving: list[Held] = []
+        self._sizes: dict[BlockId, int] = {}
         self._loading = trio.Lock()
         self._limiter = trio.CapacityLimiter(1)
 
@@ -123,12 +125,15 @@ class Holding:
         return self._held.get(block)
 
     def size_of(self, block: BlockId) -> int:
-        """How many bytes holding `block` takes, as far as is known before it is loaded."""
-        held = self._held.get(block)
-        if held is not None:
-            return held.bytes
-        known = self._store.block(block)
-        return known.header.size if known else 0
+        """How many bytes holding `block` takes: its values as float32. 0 if it is not known."""
+        if block not in self._sizes:
+            known = self._store.block(block)
+            body = known and known.header.body
+            manifest = self._store.manifest(body) if body else None
+            if manifest is None:
+                return 0
+            self._sizes[block] = sum(4 * prod(tensor.shape) for tensor in manifest.tensors)
+        return self._sizes[block]
 
     async def keep(self, block: BlockId, reason: Reason, progress: Progress = silent) -> int:
         """Loads `block` and keeps it; the bytes that were fetched. Raises `Refused`, `NoRoom`."""

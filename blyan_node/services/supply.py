@@ -20,8 +20,8 @@ def silent(done: int, total: int | None, what: str) -> None:
 class Fetcher(Protocol):
     """Gets chunks from peers; `blyan_node.services.fetch.Fetch` is it."""
 
-    async def fetch(self, blocks: Sequence[BlockId], progress: Progress) -> None:
-        """Stores the bodies of `blocks`; raises `Refused` for what no peer has."""
+    async def fetch(self, blocks: Sequence[BlockId], progress: Progress) -> int:
+        """Stores the bodies of `blocks`; the bytes that came. Raises `Refused`: nobody has one."""
 
 
 class Supply:
@@ -36,13 +36,7 @@ class Supply:
         """Fetches what is missing of `blocks`; how many bytes that was. Raises `Refused`."""
         look = partial(self._missing, tuple(blocks))
         missing = await trio.to_thread.run_sync(look, limiter=self._limiter)
-        if missing:
-            await self._fetcher.fetch(tuple(missing), progress)
-        return sum(missing.values())
+        return await self._fetcher.fetch(missing, progress) if missing else 0
 
-    def _missing(self, blocks: tuple[BlockId, ...]) -> dict[BlockId, int]:
-        """The blocks that lack chunks, with how many bytes."""
-        lacking = {
-            block: sum(size for _, size in self._store.missing_chunks(block)) for block in blocks
-        }
-        return {block: size for block, size in lacking.items() if size}
+    def _missing(self, blocks: tuple[BlockId, ...]) -> list[BlockId]:
+        return [block for block in blocks if self._store.missing_chunks(block)]

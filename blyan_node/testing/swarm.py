@@ -4,13 +4,14 @@ The chain is replaced by what a finished sync leaves behind: `share` gives every
 that one node has published, without their chunks, and fetching copies chunks from node to node.
 """
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from blyan_node.services.authoring import Author
+from blyan_node.services.chain import Chain
 from blyan_node.services.directory import AdvertConfig, Adverts
 from blyan_node.services.generation import Generation
 from blyan_node.services.holding import Holding, Reason
@@ -22,56 +23,13 @@ from blyan_node.services.supply import Progress, Supply
 from blyan_node.services.trunks import Trunks
 from blyan_node.testing.blocks import NOW_MS, identity
 from blyan_node.testing.network import NETWORK, Fabric
-from protocols.dag.admission import Accepted, admit
-from protocols.dag.header import Block
-from protocols.dag.validate import validate_header
+from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
 from protocols.experts.advert import Role
-from protocols.ids import BlockId, PeerId, Root, Subject, cid_text, parse_cid
-from storage.blocks import ManifestRow
+from protocols.ids import BlockId, ChunkHash, PeerId, Subject, cid_text
 from storage.store import Store, open_store
 
 PROFILE = "test"
-
-
-class LocalChain:
-    """A node's chain without gossip: what is submitted here, and what `share` brings."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    async def submit(
-        self, blocks: Sequence[Block], manifests: Sequence[ManifestRow], source: None
-    ) -> None:
-        """Admits blocks of our own; anything but acceptance is a mistake of the test."""
-        self._store.stage([], manifests)
-        for block in blocks:
-            validate_header(block, network=NETWORK, now_ms=NOW_MS)
-            verdict = admit(block, self._store)
-            assert isinstance(verdict, Accepted), verdict
-            self._store.accept(verdict.blocks, heads={verdict.model: (verdict.heads, verdict.root)})
-
-    def find_model(self, name: str) -> BlockId:
-        """The model with this name or id."""
-        for model in self._store.models():
-            block = self._store.block(model)
-            assert block is not None
-            if name in (block.header.meta["name"], cid_text(model)):
-                return model
-        raise Refused(ErrorCode.NOT_FOUND, f"no model {name}", "nobody has published it")
-
-    def heads(self, model: BlockId) -> Mapping[Subject, BlockId]:
-        """The current heads."""
-        return self._store.heads(model)
-
-    def heads_at(self, root: Root) -> tuple[BlockId, Mapping[Subject, BlockId]] | None:
-        """The heads that a root names."""
-        found = self._store.heads_at(root)
-        return None if found is None else (found.model, found.heads)
-
-    def models(self) -> Sequence[BlockId]:
-        """The models that have a release."""
-        return self._store.models()
 
 
 class CopyFetch:
@@ -82,9 +40,10 @@ class CopyFetch:
         self._store = store
         self.copied = 0
 
-    async def fetch(self, blocks: Sequence[BlockId], progress: Progress) -> None:
+    async def fetch(self, blocks: Sequence[BlockId], progress: Progress) -> int:
         """Raises `Refused` for a block of which a chunk is nowhere."""
         await trio.lowlevel.checkpoint()
+        came = 0
         for done, block in enumerate(blocks):
             for name, size in self._store.missing_chunks(block):
                 data = self._swarm.find_chunk(name)
@@ -96,8 +55,10 @@ class CopyFetch:
                         data={"block": cid_text(block)},
                     )
                 self._store.put_chunks([(name, data)])
-                self.copied += size
+                came += size
             progress(done + 1, len(blocks), "blocks")
+        self.copied += came
+        return came
 
 
 class SwarmNode:
@@ -111,7 +72,7 @@ class SwarmNode:
         self.identity = identity(name)
         self.store = open_store(swarm.directory / name)
         self.network = swarm.fabric.node(self.identity, role=role, profile=PROFILE)
-        self.chain = LocalChain(self.store)
+        self.chain = Chain(self.store, NETWORK, lambda: NOW_MS)
         self.fetch = CopyFetch(swarm, self.store)
         self.supply = Supply(self.store, self.fetch)
         self.models = Models(self.store, self.supply)
@@ -129,7 +90,7 @@ class SwarmNode:
         self.layers = Layers(self.network, self.adverts, self.holding, self.compute)
         self.trunks = Trunks(self.store, self.supply, self.holding)
         self.generation = Generation(
-            self.chain, self.models, self.trunks, self.layers, self.compute
+            self.chain, self.store, self.models, self.trunks, self.layers, self.compute
         )
 
     @property
@@ -155,7 +116,7 @@ class SwarmNode:
         author = Author(self.store, self.identity, NETWORK, lambda: NOW_MS)
         limiter = trio.CapacityLimiter(1)
         published = await Publish(self.store, self.chain, author, limiter).publish(path, name)
-        self.swarm.share(self)
+        await self.swarm.share(self)
         return published
 
     async def hold(self, model: BlockId, subjects: Iterable[str]) -> None:
@@ -181,31 +142,28 @@ class Swarm:
         self.nodes[name] = SwarmNode(self, name, role, memory, auto=auto)
         return self.nodes[name]
 
-    def share(self, source: SwarmNode) -> None:
-        """Gives every other node the accepted blocks of `source`, headers and manifests alone."""
-        blocks = [source.store.block(id) for _, id in source.store.log(0, 1_000_000)]
-        known = [block for block in blocks if block is not None]
-        manifests = {b.header.body for b in known if b.header.body is not None}
-        rows = [(m, data) for m in manifests if (data := source.store.manifest_bytes(m))]
-        releases = {
-            b.id: subjects for b in known if (subjects := source.store.release_subjects(b.id))
-        }
-        from protocols.ids import model_root
-
-        heads = {
-            model: (source.store.heads(model), model_root(model, source.store.heads(model)))
-            for model in source.store.models()
-        }
+    async def share(self, source: SwarmNode) -> None:
+        """Gives every other node the accepted blocks of `source`, with the chunks of releases."""
+        known = [b for _, id in source.store.log(0, 1_000_000) if (b := source.store.block(id))]
+        bodies = {block.header.body for block in known if block.header.body is not None}
+        rows = [(id, data) for id in bodies if (data := source.store.manifest_bytes(id))]
+        releases = [block for block in known if block.header.kind is Kind.RELEASE]
         for node in self.nodes.values():
-            if node is not source:
-                node.store.accept(known, rows, release_subjects=releases, heads=heads)
+            if node is source:
+                continue
+            for release in releases:
+                for name, _ in source.store.body(release.id)[1].chunks():
+                    node.store.put_chunks([(name, source.store.get_chunk(name) or b"")])
+            await node.chain.submit(known, rows, source.peer_id)
+            for release in releases:
+                if not node.store.is_accepted(release.id):
+                    await node.chain.read_release(release, source.peer_id)
+            assert node.store.models() == source.store.models()
 
-    def find_chunk(self, name: bytes) -> bytes | None:
+    def find_chunk(self, name: ChunkHash) -> bytes | None:
         """A chunk from any running node's store."""
-        from protocols.ids import ChunkHash
-
         for node in self.running.values():
-            if (data := node.store.get_chunk(ChunkHash(name))) is not None:
+            if (data := node.store.get_chunk(name)) is not None:
                 return data
         return None
 
@@ -221,8 +179,3 @@ class Swarm:
         finally:
             for node in self.nodes.values():
                 node.store.close()
-
-
-def block_of(text: str) -> BlockId:
-    """A block id from its text."""
-    return BlockId(parse_cid(text))
