@@ -104,7 +104,8 @@ class GuardedPubsub(Pubsub):
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
         await super()._handle_new_peer(peer_id)
-        if queue := self.peer_queues.get(peer_id):
+        queue = self.peer_queues.get(peer_id)
+        if queue is not None:  # an empty queue is false
             queue._queue.max_size = gossip_queue_max
 
 

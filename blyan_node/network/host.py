@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import trio
 from libp2p.abc import IMuxedConn, INetStream
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
@@ -16,6 +17,7 @@ from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
@@ -114,6 +116,16 @@ class GuardedSwarm(Swarm):
             await conn.muxed_conn.abort()
 
 
+class NoAutoConnector(AutoConnector):
+    """The stock one dials strangers whatever the watermarks say; whom we dial, the book decides."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Does nothing."""
+
+    async def maybe_connect(self) -> None:
+        """Does nothing."""
+
+
 class GuardedHost(BasicHost):
     """Identify runs in trio's system tasks, where an exception would end the process."""
 
@@ -143,7 +155,7 @@ def build_host(identity: Identity, events: HostEvents) -> GuardedHost:
         connection_config=ConnectionConfig(
             max_connections=peers_max,
             high_watermark=peers_max,
-            min_connections=0,  # no dialling on its own
+            min_connections=0,
             low_watermark=0,
             inbound_upgrade_timeout=hello_s_max,
             outbound_upgrade_timeout=hello_s_max,
@@ -151,6 +163,7 @@ def build_host(identity: Identity, events: HostEvents) -> GuardedHost:
         ),
     )
     swarm.events = events
+    swarm.auto_connector = NoAutoConnector(swarm)
     return GuardedHost(
         swarm,
         addrs_factory=lambda found: [Multiaddr(a) for a in events.announced([*map(str, found)])],

@@ -18,7 +18,8 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 def quiet_libp2p() -> None:
     """Silences the library; safe to call again."""
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    for name in ("libp2p", "libp2p.network.auto_connector"):  # the latter sets its own level
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     root = logging.getLogger()
     if _is_ours not in root.filters:
         root.addFilter(_is_ours)

@@ -190,5 +190,5 @@ async def test_a_wrong_network_is_said_on_both_sides(caplog: pytest.LogCaptureFi
         assert not alice.peers and not other.peers
     lines = sorted(record.getMessage() for record in caplog.records)
     assert len(lines) == 2, lines
-    assert any("'elsewhere'" in l and "we to 'loopback'" in l for l in lines)
-    assert any("'loopback'" in l and "we to 'elsewhere'" in l for l in lines)
+    assert any("'elsewhere'" in line and "we to 'loopback'" in line for line in lines)
+    assert any("'loopback'" in line and "we to 'elsewhere'" in line for line in lines)
