@@ -1,7 +1,11 @@
 """What the store refuses, each in words that an operator can act on."""
 
+import errno
+
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Subject, cid_text
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says when it takes no more
 
 
 class DiskFull(Refused):

@@ -4,7 +4,6 @@ Weights do not compress, so compression is off; big write buffers and files keep
 writing the same bytes several times. Reads verify LevelDB's own checksums.
 """
 
-import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import plyvel
 
 from storage.engine import Row, after_prefix
-from storage.errors import Corrupt, DiskFull
+from storage.errors import FULL, Corrupt, DiskFull
 
-_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_FULL = tuple(os.strerror(code) for code in FULL)
 
 
 class LevelDBEngine:

@@ -15,6 +15,7 @@ from pathlib import Path
 from protocols import limits
 from protocols.ids import BlockId, chunk_hash, cid_text
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
+from storage.errors import FULL, DiskFull
 
 ALIGNMENT = 64  # bytes; a cache line, and what vector kernels want
 SUFFIX = ".pack"
@@ -119,6 +120,10 @@ def _write(path: Path, manifest: Manifest, pieces: Iterator[bytes]) -> None:
                     file.write(next(pieces))
             file.truncate(_length(manifest))
         new.rename(path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFull(f"{path.name}: {error.strerror}") from error
+        raise
     finally:
         new.unlink(missing_ok=True)
 

@@ -37,6 +37,9 @@ from storage.packs import Pack, Packs
 from storage.pins import Pin, Pins
 from storage.tensors import Ingest
 
+INDEX_FOLDER = "index"
+CHUNKS_FOLDER = "chunks"
+PACKS_FOLDER = "packs"
 INDEX_BUFFER_BYTES = 8 * limits.MIB
 CHUNK_BUFFER_BYTES = 64 * limits.MIB
 INDEX_CACHE_BYTES = 8 * limits.MIB
@@ -79,7 +82,7 @@ class Store(Blocks):
         )
         self.chunks.adopt()
         self.pins = Pins(self.index)
-        self.packs = Packs(directory / "packs")
+        self.packs = Packs(directory / PACKS_FOLDER)
         self.reads: Counter[BlockId] = Counter()
         self._ingests = 0
         self._gate = threading.Condition()
@@ -252,11 +255,11 @@ def open_store(data: Path, *, quota_bytes: int | None = None) -> Store:
         lock = Lock(data)
         resources.callback(lock.release)
         index = LevelDBEngine(
-            data / "index", buffer_bytes=INDEX_BUFFER_BYTES, cache_bytes=INDEX_CACHE_BYTES
+            data / INDEX_FOLDER, buffer_bytes=INDEX_BUFFER_BYTES, cache_bytes=INDEX_CACHE_BYTES
         )
         resources.callback(index.close)
         chunks = LevelDBEngine(
-            data / "chunks", buffer_bytes=CHUNK_BUFFER_BYTES, cache_bytes=CHUNK_CACHE_BYTES
+            data / CHUNKS_FOLDER, buffer_bytes=CHUNK_BUFFER_BYTES, cache_bytes=CHUNK_CACHE_BYTES
         )
         resources.callback(chunks.close)
         store = Store(index, chunks, data, quota_bytes=quota_bytes)

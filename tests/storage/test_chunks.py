@@ -1,0 +1,172 @@
+"""Chunks, tensors and packs: shared, verified, bounded, and given back."""
+
+import os
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blyan_node.testing.blocks import Author
+from protocols import limits
+from protocols.errors import RemoteProtocolError
+from protocols.ids import chunk_hash
+from protocols.tensors.manifest import Dtype, Manifest
+from storage import keys
+from storage.errors import BlockMissing, Corrupt, DiskFull
+from storage.fsck import check
+from storage.gc import collect, drop_body
+from storage.packs import ALIGNMENT
+from storage.pins import Pin
+from storage.tensors import cut
+
+CHUNK = limits.chunk_bytes
+
+
+@given(st.lists(st.binary(max_size=30), max_size=12), st.integers(1, 16))
+def test_cutting_keeps_the_bytes(pieces, size) -> None:
+    found = list(cut(pieces, size))
+    assert b"".join(found) == b"".join(pieces)
+    assert all(len(piece) == size for piece in found[:-1])
+    assert all(0 < len(piece) <= size for piece in found)
+
+
+def test_tensors_are_stored_once_per_content(make_store) -> None:
+    store = make_store()
+    data = random.Random(1).randbytes(3 * CHUNK + 77)
+    with store.ingest() as ingest:
+        first = ingest.write_tensor("a", Dtype.U8, (len(data),), [data[:5], data[5:]])
+        again = ingest.write_tensor("b", Dtype.U8, (len(data),), [memoryview(data)])
+    assert first.chunks == again.chunks and first.size == len(data)
+    assert (ingest.new_bytes, ingest.reused_bytes) == (len(data), len(data))
+    assert store.stats().chunks == 4 and store.stats().chunk_bytes == len(data)
+    assert b"".join(store.get_chunk(name) for name in first.chunks) == data
+    with store.ingest() as later:
+        later.write_tensor("c", Dtype.U8, (len(data),), [data])
+    assert later.new_bytes == 0
+    assert Manifest.decode(Manifest((first,)).encode()[1]).tensors == (first,)
+
+
+def test_a_chunk_that_is_not_its_hash_is_refused(make_store) -> None:
+    store = make_store()
+    with pytest.raises(RemoteProtocolError, match="hash"):
+        store.put_chunks([(chunk_hash(b"a"), b"b")])
+    assert store.get_chunk(chunk_hash(b"a")) is None
+
+
+def test_every_flipped_byte_of_a_chunk_is_noticed(make_store) -> None:
+    store = make_store()
+    data = random.Random(2).randbytes(300)
+    name = chunk_hash(data)
+    store.put_chunks([(name, data)])
+    place = keys.DATA.key(store.chunks.find(name)[0], name)
+    for at in range(len(data)):
+        bad = bytearray(data)
+        bad[at] ^= 1 << at % 8
+        store.chunks.data.batch([(place, bytes(bad))])
+        with pytest.raises(Corrupt, match="damaged"):
+            store.get_chunk(name)
+        report = check(store)
+        assert report.bad_chunks == {name}
+
+
+def test_a_quota_and_a_full_disk_refuse_before_anything_is_lost(make_store) -> None:
+    free = [10**12]
+    store = make_store(quota_bytes=1_000, free_bytes=lambda: free[0])
+    store.put_chunks([(chunk_hash(b"a" * 600), b"a" * 600)])
+    with pytest.raises(DiskFull, match="--disk allows 1000"):
+        store.put_chunks([(chunk_hash(b"b" * 600), b"b" * 600)])
+    with pytest.raises(DiskFull), store.ingest() as ingest:
+        ingest.write_tensor("x", Dtype.U8, (600,), [b"c" * 600])
+    free[0] = limits.disk_reserve_bytes
+    with pytest.raises(DiskFull, match="in reserve"):
+        store.put_chunks([(chunk_hash(b"d"), b"d")])
+    free[0] += 1_000
+    store.put_chunks([(chunk_hash(b"d"), b"d")])
+    assert store.get_chunk(chunk_hash(b"a" * 600)) == b"a" * 600
+    assert check(store).ok
+
+
+def test_gc_sweeps_what_no_block_names_and_nothing_else(make_store) -> None:
+    store = make_store()
+    author = Author("alice")
+    model = author.model()
+    part = author.part(model.id, "embed", b"kept" * 100)
+    store.put_chunks([*model.chunks, *part.chunks])
+    rows = [(m.manifest_id, m.manifest_bytes) for m in (model, part)]
+    store.stage([model.block, part.block], rows)
+    loose = os.urandom(1_000)
+    store.put_chunks([(chunk_hash(loose), loose)])
+    with store.ingest() as ingest:
+        ingest.write_tensor("x", Dtype.U8, (9,), [b"unwritten"])
+        ingest.flush()
+        assert collect(store) == 0  # somebody is writing
+    assert collect(store) == len(loose) + 9
+    assert store.is_stored(model.id) and store.is_stored(part.id)
+    assert store.get_chunk(chunk_hash(loose)) is None
+    assert collect(store) == 0 and check(store).ok
+    store.put_chunks([(chunk_hash(loose), loose)])
+    assert store.get_chunk(chunk_hash(loose)) == loose
+
+
+def test_dropping_a_body_leaves_header_pin_and_shared_chunks(make_store) -> None:
+    store = make_store()
+    author = Author("alice")
+    model = author.model()
+    shared = bytes(CHUNK)
+    parts = [author.part(model.id, f"layer0.expert{n}", shared + b"%d" % n) for n in (0, 1)]
+    for made in (model, *parts):
+        store.put_chunks(made.chunks)
+        store.stage([made.block], [(made.manifest_id, made.manifest_bytes)])
+    store.pin(parts[0].id, reason=Pin.HELD)
+    store.pack(parts[0].id)
+    assert drop_body(store, parts[0].id) == 1
+    assert store.block(parts[0].id) is not None
+    assert store.missing_chunks(parts[0].id) == [(chunk_hash(b"0"), 1)]
+    assert store.is_stored(parts[1].id)
+    assert store.packs.bytes == 0
+    report = check(store)
+    assert report.incomplete == {parts[0].id} and len(report.bad) == 1
+    store.put_chunks(parts[0].chunks)
+    assert check(store).ok
+
+
+def test_a_pack_is_aligned_made_once_and_made_anew_if_it_does_not_fit(make_store, tmp_path) -> None:
+    store = make_store()
+    bodies = {"a": b"x" * 70, "b": os.urandom(CHUNK + 3), "empty": b"", "c": b"z"}
+    author = Author("alice")
+    model = author.model()
+    made = author.make("expert", bodies, model=model.id, subject="layer0.expert0")
+    store.put_chunks(made.chunks)
+    store.stage([made.block], [(made.manifest_id, made.manifest_bytes)])
+    pack = store.pack(made.id)
+    assert {n: bytes(view) for n, (_, _, view) in pack.tensors.items()} == bodies
+    (file,) = (tmp_path / "data" / "packs").iterdir()
+    assert file.stat().st_size == pack.bytes and pack.bytes % ALIGNMENT == 0
+    pack.tensors["a"][2][0] = 0  # private: the file stays as it is
+    assert bytes(store.pack(made.id).tensors["a"][2]) == bodies["a"]
+    assert check(store).ok
+
+    whole = bytearray(file.read_bytes())
+    whole[130] ^= 4
+    file.write_bytes(whole)
+    again = make_store()
+    assert [bad.what for bad in check(again).bad] == ["pack"]
+    assert bytes(again.pack(made.id).tensors["b"][2]) == bodies["b"]
+    assert check(again).ok
+    again.packs.drop(made.id)
+    assert bytes(again.pack(made.id).tensors["c"][2]) == b"z"
+
+
+def test_a_pack_of_a_block_with_a_missing_chunk_names_it(make_store) -> None:
+    store = make_store()
+    author = Author("alice")
+    model = author.model()
+    made = author.part(model.id, "layer0.expert3", os.urandom(2 * CHUNK))
+    store.put_chunks(made.chunks[:1])
+    store.stage([made.block], [(made.manifest_id, made.manifest_bytes)])
+    with pytest.raises(BlockMissing, match=r"layer0\.expert3"):
+        store.pack(made.id)
+    assert store.packs.bytes == 0
+    store.put_chunks(made.chunks)
+    assert store.pack(made.id).bytes == 2 * CHUNK
