@@ -116,6 +116,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _WIDENING and super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """No formatting of strings: it widens too."""
+
 
 def _repeated(left: Any, right: Any) -> float:
     """The length of a sequence times a number, infinite for anything else."""

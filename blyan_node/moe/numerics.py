@@ -151,3 +151,8 @@ def combine(residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     for rank in range(1, weights.shape[1]):
         total = total + weights[:, rank, None] * rows[:, rank]
     return residual + total
+
+
+def use_threads(count: int) -> None:
+    """Threads that one product may use; left to itself torch takes every core for every node."""
+    torch.set_num_threads(count)

@@ -92,8 +92,8 @@ class TextStream:
 
     A token may end inside a character, and some tokenizers write a token differently at the start
     of a text. So a window of recent tokens is decoded before and after the new one, and what was
-    added is passed on once it does not end in an incomplete character. Bytes that are no text at all
-    are held for a few tokens and then passed on as U+FFFD.
+    added is passed on once it does not end in an incomplete character. Bytes that are no text at
+    all are held for a few tokens and then passed on as U+FFFD.
     """
 
     def __init__(self, text: Text) -> None:

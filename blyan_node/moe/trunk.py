@@ -68,7 +68,8 @@ class Trunk:
         """An empty cache for one session."""
         return KVCache(self.config)
 
-    def prefill_cuts(self, start: int, count: int) -> list[tuple[int, int]]:
+    @staticmethod
+    def prefill_cuts(start: int, count: int) -> list[tuple[int, int]]:
         """Cuts the positions [start, start + count) at multiples of `PREFILL_ROWS`."""
         cuts, end = [], start + count
         while start < end:

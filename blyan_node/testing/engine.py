@@ -1,0 +1,63 @@
+"""A whole model in one process by the paths that services use: trunk, cache and single experts."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blyan_node.moe.cache import KVCache
+from blyan_node.moe.config import ModelConfig
+from blyan_node.moe.experts import Expert
+from blyan_node.moe.layout import layout
+from blyan_node.moe.trunk import Attended, Trunk
+from blyan_node.moe.weights import ReadWeights
+from protocols.dag.header import Kind
+from protocols.ids import expert_subject
+
+
+class Engine:
+    """Trunk and experts of one model; experts see rows in groups that a `Random` composes."""
+
+    def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
+        self.config = config
+        self.trunk = Trunk(config, tensors)
+        self.experts = {
+            part.subject: Expert(config, tensors(part.subject))
+            for part in layout(config)
+            if part.kind is Kind.EXPERT
+        }
+
+    def forward(
+        self, requests: Sequence[tuple[KVCache, Sequence[int]]], composed: random.Random
+    ) -> list[Tensor]:
+        """Logits of the next tokens of several requests, whose rows meet at the experts."""
+        states = [self.trunk.embed(ids) for _, ids in requests]
+        for layer in range(self.config.layers):
+            attended = [
+                self.trunk.attend(layer, x, cache)
+                for x, (cache, _) in zip(states, requests, strict=True)
+            ]
+            states = self._experts(layer, attended, composed)
+        return [self.trunk.logits(x) for x in states]
+
+    def _experts(
+        self, layer: int, attended: Sequence[Attended], composed: random.Random
+    ) -> list[Tensor]:
+        results = [torch.empty(*one.experts.shape, self.config.hidden) for one in attended]
+        for number in range(self.config.experts):
+            places = [
+                (request, int(row), int(rank))
+                for request, one in enumerate(attended)
+                for row, rank in (one.experts == number).nonzero()
+            ]
+            composed.shuffle(places)
+            expert = self.experts[expert_subject(layer, number)]
+            while places:
+                count = composed.randint(1, len(places))
+                batch, places = places[:count], places[count:]
+                rows = torch.stack([attended[request].normed[row] for request, row, _ in batch])
+                for place, result in zip(batch, expert.apply(rows), strict=True):
+                    request, row, rank = place
+                    results[request][row, rank] = result
+        return [self.trunk.combine(one, rows) for one, rows in zip(attended, results, strict=True)]
