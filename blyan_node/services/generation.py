@@ -144,6 +144,7 @@ class Generation:
         try:
             account = Account(began_at=trio.current_time())
             model, root, heads = self._at(name, root_name)
+            account.fetched_bytes = await self._models.fetch(model, progress)
             description = await self._models.describe(model, progress)
             async with self._trunks.use(description, heads, progress) as (trunk, fetched):
                 account.fetched_bytes += fetched

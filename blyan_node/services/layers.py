@@ -262,7 +262,8 @@ class _Run:
         try:
             rows = None
             while rows is None:
-                self._account.fetched_bytes += await self._layers.holding.load(need.block)
+                fetched = await self._layers.holding.load(need.block)
+                self._account.fetched_bytes += fetched
                 rows = await self._compute_here([need])
             outcome: _Outcome = _Here([need], rows)
         except (Refused, NoRoom) as error:

@@ -35,6 +35,10 @@ class Models:
         self._known: dict[BlockId, Description] = {}
         self._limiter = trio.CapacityLimiter(1)
 
+    async def fetch(self, model: BlockId, progress: Progress = silent) -> int:
+        """Gets the files of `model` if they are not here; the bytes that came."""
+        return 0 if model in self._known else await self._supply.ensure([model], progress)
+
     async def describe(self, model: BlockId, progress: Progress = silent) -> Description:
         """The description of `model`, whose block is known here; fetches its body if need be.
 

@@ -1,9 +1,10 @@
 """Answers of a swarm equal those of the single-process reference, whatever happens on the way."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trio
@@ -11,12 +12,18 @@ from safetensors.torch import load_file
 
 from blyan_node.moe.reference import Reference
 from blyan_node.moe.sampling import Sampler
+from blyan_node.network.interface import Handler
+from blyan_node.services.changes import Changes
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.reference import open_reference
-from blyan_node.testing.swarm import Swarm
+from blyan_node.testing.swarm import Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
-from protocols.ids import BlockId, cid_text
+from protocols.errors import ErrorCode, Refused
+from protocols.forward.messages import PROTOCOL, Activated
+from protocols.ids import BlockId, PeerId, Subject, cid_text
 from protocols.rpc.generate import ForwardRequest, GenerateRequest, Token
+from protocols.wire import Messages
+from storage.gc import drop_body
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 7, 95, 2, 88, 41, 9, 71, 69]
 PROMPT = PROMPT + PROMPT[::-1]
@@ -119,7 +126,7 @@ async def test_every_expert_ran_elsewhere_and_the_tokens_are_those_of_the_refere
         heads = told.alice.store.heads(told.model)
         for subject, entry in result.trace.items():
             assert set(entry.peers) <= workers
-            assert entry.block == cid_text(heads[subject])  # type: ignore[index]
+            assert entry.block == cid_text(heads[Subject(subject)])
         rows = sum(sum(entry.peers.values()) for entry in result.trace.values())
         passed = len(PROMPT) + 11
         assert rows == passed * LAYERS * 2
@@ -202,3 +209,273 @@ async def test_a_worker_that_dies_in_the_middle_changes_no_token(
         assert result.token_ids == truth.generate(PROMPT, 12)
         assert result.stats.fetched_bytes == 0
         assert all(told.alice.peer_id not in entry.peers for entry in result.trace.values())
+
+
+@trio_test
+async def test_without_another_holder_the_expert_is_loaded_and_computed_here(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, ONCE) as told:
+        came = 0
+
+        def emit(token: Token) -> None:
+            nonlocal came
+            came += 1
+            if came == 4:
+                told.carol.network.kill()
+
+        result = await told.alice.generation.generate(ask(), emit)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        here = {s for s, entry in result.trace.items() if told.alice.peer_id in entry.peers}
+        assert here and here <= set(ONCE["carol"])
+        assert told.alice.holding.advertised() == []
+        assert len(told.alice.holding.held()) == len(here)
+
+
+@trio_test
+async def test_an_expert_that_is_only_stored_elsewhere_is_fetched(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    holds = {"bob": [s for s in ALL if not s.startswith("layer1.")]}
+    async with story(mixtral, tmp_path, holds) as told:
+        result = await told.dave.generation.generate(ask(), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert told.dave.fetch.copied == result.stats.fetched_bytes > 0
+        again = await told.dave.generation.generate(ask(), nobody)
+        assert again.token_ids == result.token_ids
+        assert again.stats.fetched_bytes == 0
+        layer1 = {s for s in result.trace if s.startswith("layer1.")}
+        read = told.dave.store.reads
+        heads = told.dave.store.heads(told.model)
+        for subject in ALL:
+            assert read[heads[Subject(subject)]] == (1 if subject in layer1 else 0)
+
+
+@trio_test
+async def test_an_expert_that_is_nowhere_is_named(mixtral: Path, tmp_path: Path) -> None:
+    holds = {"bob": [s for s in ALL if s != "layer2.expert3"]}
+    async with story(mixtral, tmp_path, holds) as told:
+        block = told.alice.store.heads(told.model)[Subject("layer2.expert3")]
+        drop_body(told.alice.store, block)
+        with pytest.raises(Refused, match=r"layer2\.expert3 is not available") as refused:
+            await told.alice.generation.generate(ask(), nobody)
+        assert refused.value.code is ErrorCode.EXPERT_UNAVAILABLE
+        assert refused.value.data == {"expert": "layer2.expert3", "block": cid_text(block)}
+        assert told.alice.generation.running == 0
+
+
+@trio_test
+async def test_an_expert_that_does_not_fit_is_named(mixtral: Path, tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main", memory=1000)
+    async with swarm.started():
+        await alice.publish(mixtral, "tiny")
+        with pytest.raises(Refused, match="does not fit") as refused:
+            await alice.generation.generate(ask(), nobody)
+        assert refused.value.code is ErrorCode.EXPERT_UNAVAILABLE
+
+
+@trio_test
+async def test_memory_bounds_what_is_loaded_in_passing(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    swarm = Swarm(tmp_path)
+    one = 4 * 3 * 40 * 56
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        await alice.publish(mixtral, "tiny")
+        alice.holding.memory.budget = 5 * one + 200_000  # five experts beside the trunk
+        result = await alice.generation.generate(ask(4), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 4)
+        memory = alice.holding.memory
+        assert memory.experts == one * len(alice.holding.held())
+        assert memory.experts + memory.trunks <= memory.budget
+
+
+@trio_test
+async def test_kept_experts_compute_here(mixtral: Path, truth: Reference, tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        published = await alice.publish(mixtral, "tiny")
+        await alice.hold(published.model, ALL)
+        result = await alice.generation.generate(ask(), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert result.stats.remote_calls == 0
+        assert all(set(entry.peers) == {alice.peer_id} for entry in result.trace.values())
+
+
+@trio_test
+async def test_a_busy_worker_is_passed_over(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        told.bob.serving._queue_max = 0
+        result = await told.alice.generation.generate(ask(), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert all(told.bob.peer_id not in entry.peers for entry in result.trace.values())
+        assert result.stats.retries >= told.bob.serving.busy > 0
+
+
+def answers_of(node: SwarmNode) -> tuple[Messages, Handler]:
+    return node.network._handlers[PROTOCOL]
+
+
+def liar(node: SwarmNode, twist: Callable[[bytes], bytes]) -> None:
+    """Makes a node twist the rows that it computes."""
+    messages, honest = answers_of(node)
+
+    async def lie(peer: PeerId, message: object) -> object:
+        reply = await honest(peer, message)
+        return Activated(twist(reply.data)) if isinstance(reply, Activated) else reply
+
+    node.network._handlers[PROTOCOL] = (messages, lie)
+
+
+NAN = np.array([np.nan], "<f4").tobytes()
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        pytest.param(lambda data: data[:-4], id="too short"),
+        pytest.param(lambda data: data + data, id="too many rows"),
+        pytest.param(lambda data: NAN + data[4:], id="not a number"),
+        pytest.param(lambda data: b"", id="nothing"),
+    ],
+)
+@trio_test
+async def test_a_lying_worker_costs_itself_and_nothing_else(
+    twist: Callable[[bytes], bytes], mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        liar(told.bob, twist)
+        result = await told.alice.generation.generate(ask(), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert all(told.bob.peer_id not in entry.peers for entry in result.trace.values())
+        assert told.alice.network.counters.penalties > 0
+        assert result.stats.retries >= told.alice.network.counters.penalties
+
+
+@trio_test
+async def test_a_hung_worker_is_hedged_and_then_avoided(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        messages, _ = answers_of(told.bob)
+
+        async def hang(peer: PeerId, message: object) -> object:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        told.bob.network._handlers[PROTOCOL] = (messages, hang)
+        result = await told.alice.generation.generate(ask(), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert 0 < result.stats.retries < 10
+        assert told.alice.layers.links.link(told.bob.peer_id).rows_in_flight == 0
+
+
+@trio_test
+async def test_an_expert_that_is_dropped_on_the_way_is_found_elsewhere(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        heads = told.alice.store.heads(told.model)
+        adverts = told.bob.adverts
+        told.bob.holding.changes = Changes()  # alice is not told
+        for subject in TWICE["bob"]:
+            await told.bob.holding.drop(heads[Subject(subject)])
+        assert adverts.config.role == "gpu"
+        result = await told.alice.generation.generate(ask(), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert all(told.bob.peer_id not in entry.peers for entry in result.trace.values())
+
+
+@trio_test
+async def test_cancelling_ends_with_what_there_is_and_frees_everything(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        cancelled = trio.Event()
+        tokens: list[int] = []
+
+        def emit(token: Token) -> None:
+            tokens.append(token.token_id)
+            if len(tokens) == 3:
+                cancelled.set()
+
+        result = await told.alice.generation.generate(ask(1000), emit, cancelled=cancelled)
+        assert result.finish == "cancelled"
+        assert result.token_ids == tokens == truth.generate(PROMPT, len(tokens))
+        assert len(tokens) < 1000
+        assert told.alice.generation.running == 0
+        links = told.alice.layers.links
+        for node in (told.bob, told.carol, told.dave):
+            assert links.link(node.peer_id).rows_in_flight == 0
+            assert node.serving.queue_length == 0
+
+
+@trio_test
+async def test_a_refusal_is_not_wrapped_when_it_can_be_cancelled(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, {"bob": ["layer0.expert0"]}) as told:
+        request = ask(prompt_ids=[96, 97])
+        with pytest.raises(Refused, match="token id 97") as refused:
+            await told.alice.generation.generate(request, nobody, cancelled=trio.Event())
+        assert refused.value.code is ErrorCode.BAD_INPUT
+
+
+@trio_test
+async def test_stop_tokens_end_the_answer_unless_ignored(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    long = truth.generate(PROMPT, 12)
+    path = make_checkpoint("mixtral", tmp_path / "m", eos_token_id=long[5])
+    swarm = Swarm(tmp_path / "nodes")
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        await alice.publish(path, "tiny")
+        result = await alice.generation.generate(ask(ignore_eos=False), nobody)
+        assert result.finish == "stop"
+        assert result.token_ids == long[: long.index(long[5]) + 1]
+        assert (await alice.generation.generate(ask(), nobody)).token_ids == long
+
+
+@trio_test
+async def test_text_streams_in_pieces_that_make_the_whole(tmp_path: Path) -> None:
+    path = make_checkpoint("mixtral", tmp_path / "m", tokenizer=True)
+    swarm = Swarm(tmp_path / "nodes")
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        await alice.publish(path, "tiny")
+        tokens: list[Token] = []
+        request = ask(20, prompt_ids=None, prompt="Hällo", chat=True)
+        result = await alice.generation.generate(request, tokens.append)
+        assert result.text is not None
+        assert result.text.startswith("".join(token.text or "" for token in tokens))
+        assert [token.token_id for token in tokens] == result.token_ids
+
+
+@trio_test
+async def test_a_model_without_tokenizer_takes_ids_only(mixtral: Path, tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        await alice.publish(mixtral, "tiny")
+        with pytest.raises(Refused, match="takes token ids only"):
+            await alice.generation.generate(ask(prompt_ids=None, prompt="hi"), nobody)
+
+
+@trio_test
+async def test_a_second_main_node_answers_at_its_first_request(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        progress: list[tuple[int, int | None, str]] = []
+        result = await told.bob.generation.generate(
+            ask(), nobody, progress=lambda *told: progress.append(told)
+        )
+        assert result.token_ids == truth.generate(PROMPT, 12)
+        assert result.stats.fetched_bytes > 0
+        assert progress
