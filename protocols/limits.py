@@ -95,6 +95,7 @@ close_s_max = 2
 write_stall_s_max = 5  # a peer that takes no bytes for so long is disconnected
 channels_per_protocol_max = 2
 streams_per_peer_max = 128  # that it opened and has not closed
+stream_window_bytes = 4 * MIB
 unread_bytes_per_peer_max = 32 * MIB
 score_ban = -100
 score_halflife_s = 300
@@ -195,3 +196,4 @@ assert silence_s_max > 3 * still_every_s
 assert write_stall_s_max < silence_s_max
 assert mesh_peers_max <= hello_peers_max
 assert unread_bytes_per_peer_max >= channel_request_bytes_max
+assert message_bytes_max <= stream_window_bytes <= unread_bytes_per_peer_max

@@ -133,6 +133,10 @@ class Overlay:
         """Lays one more staged block over the view."""
         self._blocks[block.id] = block
 
+    def unstage(self, id: BlockId) -> None:
+        """Takes a staged block away; what the view beneath has stays."""
+        self._blocks.pop(id, None)
+
     def add_manifest(self, id: ManifestId, manifest: Manifest) -> None:
         """Lays one more manifest over the view."""
         self._manifests[id] = manifest

@@ -75,6 +75,7 @@ class FetchPlan(Generic[K]):
         self._pending: dict[bytes, dict[K, None]] = {}  # wanted and asked of nobody, by group
         self._copies: dict[K, int] = {}  # how many requests are under way for an item
         self._peers: dict[PeerId, _Peer[K]] = {}
+        self._dismissed: set[PeerId] = set()
         self._gone_bytes: dict[PeerId, int] = {}
         self._assignments = 0
         self._version = 0
@@ -116,7 +117,12 @@ class FetchPlan(Generic[K]):
         self._version += 1
 
     def add_peer(self, peer: PeerId, *, preferred: bool = False) -> None:
-        """A peer that may have any of the items; a preferred one is asked first."""
+        """A peer that may have any of the items; a preferred one is asked first.
+
+        One that failed or lied before is not taken back.
+        """
+        if peer in self._dismissed:
+            return
         if peer not in self._peers:
             self._peers[peer] = _Peer(preferred)
         elif preferred:
@@ -180,11 +186,11 @@ class FetchPlan(Generic[K]):
         state.failures += 1
         state.rests_until = now + self._bounds.backoff_s * 2 ** (state.failures - 1)
         if state.failures >= self._bounds.failures:
-            self.drop_peer(assignment.peer)
+            self._dismiss(assignment.peer)
 
     def corrupt(self, assignment: Assignment[K]) -> None:
         """The peer sent something that is not what was asked for: it is asked no more."""
-        self.drop_peer(assignment.peer)
+        self._dismiss(assignment.peer)
 
     def forget_absences(self, peer: PeerId) -> None:
         """The peer may have come by what it did not have."""
@@ -206,6 +212,10 @@ class FetchPlan(Generic[K]):
         times = [s.rests_until for s in self._peers.values() if s.rests_until and not s.under_way]
         slow = [t + self._bounds.slow_s for s in self._peers.values() for t in s.began.values()]
         return min((*times, *slow), default=None)
+
+    def _dismiss(self, peer: PeerId) -> None:
+        self._dismissed.add(peer)
+        self.drop_peer(peer)
 
     def _may_ask(self, peer: PeerId, now: float) -> bool:
         state = self._peers[peer]

@@ -92,6 +92,7 @@ def test_a_corrupt_peer_is_asked_no_more_and_its_work_goes_to_others() -> None:
     asked = plan.next(0)
     bad = next(a for a in asked if a.peer == ALICE)
     plan.corrupt(bad)
+    plan.add_peer(ALICE)
     assert plan.peers == [BOB]
     for a in asked:
         if a.peer == BOB:
