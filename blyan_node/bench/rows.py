@@ -6,7 +6,7 @@ state, so that whatever else the machine does falls on both. A row has the media
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
@@ -39,6 +39,19 @@ def alternate(runs: int, **measures: Measure) -> dict[str, float]:
     for _ in range(runs):
         for name, measure in measures.items():
             taken[name].append(measure())
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+async def alternate_async(
+    runs: int, **measures: Callable[[], Awaitable[float]]
+) -> dict[str, float]:
+    """The same as `alternate` for measures that await."""
+    for measure in measures.values():
+        await measure()
+    taken: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(runs):
+        for name, measure in measures.items():
+            taken[name].append(await measure())
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
