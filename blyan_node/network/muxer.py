@@ -17,9 +17,10 @@ from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
-from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 
 from protocols.limits import (
+    stream_window_bytes,
     streams_per_peer_max,
     unread_bytes_per_peer_max,
     write_stall_s_max,
@@ -28,8 +29,29 @@ from protocols.limits import (
 log = logging.getLogger("blyan.network")
 
 
+class WideStream(YamuxStream):
+    """A stream whose window is wide from the first read on, and refilled by halves.
+
+    The stock stream answers every read with a window update of its own, and a writer that meets a
+    closed window looks again only every 10 ms.
+    """
+
+    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
+        unread = len(self.conn.stream_buffers.get(self.stream_id, b""))
+        room = stream_window_bytes - self.recv_window - unread
+        if room >= stream_window_bytes // 2:
+            self.recv_window += room
+            await self.send_window_update(room)
+
+
 class GuardedYamux(Yamux):
     """One connection's streams."""
+
+    async def open_stream(self) -> YamuxStream:
+        """A stream of ours; the stock class is named inside Yamux, so it is changed afterwards."""
+        stream = await super().open_stream()
+        stream.__class__ = WideStream
+        return stream
 
     async def start(self) -> None:
         """Serves the connection until it ends; nothing that a peer sends gets out of here."""
@@ -68,6 +90,7 @@ class GuardedYamux(Yamux):
             ours = 1 if self.is_initiator else 0
             theirs = sum(1 for number in self.streams if number % 2 != ours)
             if theirs <= streams_per_peer_max:
+                stream.__class__ = WideStream
                 return stream
             await stream.reset()
 
