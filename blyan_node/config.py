@@ -19,7 +19,7 @@ from blyan_node.sizes import free_memory_bytes, parse_size
 from protocols import limits
 from protocols.dag.genesis import Genesis
 from protocols.errors import RemoteProtocolError
-from protocols.ids import PeerId, key_of, parse_subject
+from protocols.ids import PeerId, Subject, key_of, parse_subject
 from protocols.rpc.address import socket_path
 
 FILE = "config.toml"
@@ -35,23 +35,16 @@ _HOST = r"(?:ip4/\d{1,3}(?:\.\d{1,3}){3}|ip6/[0-9a-fA-F:.]{2,45}|dns(?:4|6|addr)
 _ADDRESS = re.compile(rf"/{_HOST}/tcp/(\d{{1,5}})(?:/p2p/([1-9A-HJ-NP-Za-km-z]+))?")
 
 
-@dataclass(frozen=True)
-class HoldItem:
-    """One expert to hold by order; without a model it is meant for every model that has it."""
-
-    model: str | None
-    subject: str
-
-
-Hold = Literal["auto", "none"] | tuple[HoldItem, ...]
+Hold = Literal["auto", "none"] | tuple[Subject, ...]
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a node can be told.
 
-    `memory_bytes` is what held experts may take, `disk_bytes` what the store may (None: no bound),
-    `authors` whose models a gpu node takes by itself ("all", or peer ids).
+    `hold` names experts of whichever model has them; `memory_bytes` is what held experts may take,
+    `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes by
+    itself ("all", or peer ids).
     """
 
     home: Path
@@ -168,7 +161,7 @@ def make_config(
 
 
 def parse_hold(value: str | list[str]) -> Hold:
-    """`auto`, `none`, or subjects (`layer0.expert3`, `MODEL:layer0.expert3`), in one text or many.
+    """`auto`, `none`, or experts (`layer0.expert3,layer0.expert4`), in one text or a list.
 
     Raises `RemoteProtocolError`.
     """
@@ -180,11 +173,10 @@ def parse_hold(value: str | list[str]) -> Hold:
     return tuple(_hold_item(item.strip()) for item in items)
 
 
-def _hold_item(text: str) -> HoldItem:
-    model, _, subject = text.rpartition(":")
-    if parse_subject(subject).expert is None:
-        raise RemoteProtocolError("hold", f"{subject!r} is no expert; only experts are held")
-    return HoldItem(model or None, subject)
+def _hold_item(text: str) -> Subject:
+    if parse_subject(text).expert is None:
+        raise RemoteProtocolError("hold", f"{text!r} is no expert; only experts are held")
+    return Subject(text)
 
 
 def _check_addresses(addresses: list[str]) -> None:
@@ -251,6 +243,6 @@ _CHECKS: Mapping[str, Any] = {
     "memory": parse_size,
     "disk": parse_size,
     "threads": _check_range(1, 1024),
-    "replicas": _check_range(1, 64),
+    "replicas": _check_range(1, limits.replicas_max),
     "authors": _authors,
 }

@@ -112,8 +112,8 @@ _EXPLAINED = (
     (
         "hold",
         '"auto"',
-        "Experts to hold: auto (the rarest that fit), none, or a list of experts:",
-        '["layer0.expert3", "MODEL:layer0.expert4"]. A main node holds none if not told.',
+        "Experts to hold: auto (the rarest that fit), none, or a list of experts such as",
+        '["layer0.expert3", "layer0.expert4"]. A main node holds none if not told.',
     ),
     ("memory", '"8GiB"', "Memory for held experts; if not set, half of what is free at start."),
     ("disk", '"50GiB"', "The most that the store may take; if not set, there is no bound."),

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import trio
@@ -12,6 +12,8 @@ import trio
 from blyan_node.config import Config, Settings
 from blyan_node.home import create_home, is_home, open_home
 from blyan_node.logs import JsonLines, start_logging
+from blyan_node.rpc.refusals import leaves_of
+from protocols.errors import Refused, RemoteProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ def start(
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
     try:
         trio.run(_serve, config, lines)
+    except ExceptionGroup as group:
+        told = [e for e in leaves_of(group) if isinstance(e, Refused | RemoteProtocolError)]
+        if not told:
+            raise
+        raise told[0] from None
     finally:
         logging.shutdown()
     return 0
@@ -67,7 +74,7 @@ def _readiness(config: Config, document: Mapping[str, object]) -> str:
     return f"ready: {config.role} node {document.get('peer_id')}{listed}\n  rpc {config.rpc}"
 
 
-async def _stop_on_signal(signals: "trio.abc.ReceiveChannel[int]", scope: trio.CancelScope) -> None:
+async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     async for number in signals:
         if scope.cancel_called:
             os._exit(1)  # asked twice: somebody does not want to wait for the drain

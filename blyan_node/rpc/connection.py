@@ -27,6 +27,11 @@ STOPPING = Refused(
 CANCELLED = Refused(ErrorCode.CANCELLED, "the request was ended", "it was cancelled")
 
 Bound = Callable[[Any, Context], Awaitable[object]]
+_Answered = tuple[bytes | None, Callable[[], None]]
+
+
+def _nothing() -> None:
+    """Nothing is left to do after a reply."""
 
 
 class Connection:
@@ -36,7 +41,7 @@ class Connection:
         self._stream = stream
         self._handlers = handlers
         self._outbox = Outbox(stream)
-        self._running: dict[RequestId | None, Context] = {}
+        self._running: dict[object, Context] = {}  # by id; notifications have none
         self._tasks = 0
         self._idle = trio.Event()
 
@@ -107,14 +112,15 @@ class Connection:
 
     async def _answer_line(self, call: Call | Invalid) -> None:
         try:
-            reply = await self._answer(call)
+            reply, replied = await self._answer(call)
             if reply is not None:
                 self.put(reply)
+            replied()
         finally:
             self._ended()
 
     async def _answer_batch(self, calls: tuple[Call | Invalid, ...]) -> None:
-        replies: list[bytes | None] = [None] * len(calls)
+        replies: list[_Answered] = [(None, _nothing)] * len(calls)
 
         async def one(index: int) -> None:
             replies[index] = await self._answer(calls[index])
@@ -123,9 +129,11 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 for index in range(len(calls)):
                     nursery.start_soon(one, index)
-            present = [reply for reply in replies if reply is not None]
+            present = [reply for reply, _ in replies if reply is not None]
             if present:
                 self.put(codec.batch(present))
+            for _, replied in replies:
+                replied()
         finally:
             self._ended()
 
@@ -134,30 +142,34 @@ class Connection:
         idle, self._idle = self._idle, trio.Event()
         idle.set()
 
-    async def _answer(self, call: Call | Invalid) -> bytes | None:
-        """The reply to one call; None for a notification."""
+    async def _answer(self, call: Call | Invalid) -> _Answered:
+        """The reply to one call (None for a notification), and what to do once it is on its way."""
         if isinstance(call, Invalid):
-            return codec.error(call.id, call.refusal())
+            return codec.error(call.id, call.refusal()), _nothing
+        refused = self._refusal_before(call)
+        if refused is not None:
+            return codec.error(call.id, refused) if call.wants_reply else None, _nothing
+        context = Context(call.id, self)
+        reply = await self._run(call, context)
+        return reply if call.wants_reply else None, context.replied
+
+    def _refusal_before(self, call: Call) -> Refused | None:
         if call.id is not None and call.id in self._running:
-            refused = Refused(
+            return Refused(
                 ErrorCode.INVALID_REQUEST, "this id is in use", "its request is not answered yet"
             )
-            return codec.error(call.id, refused)
         if len(self._running) >= limits.rpc_in_flight_max and call.method != "rpc.cancel":
-            busy = Refused(
+            return Refused(
                 ErrorCode.BUSY,
                 "too many requests at once",
                 f"{limits.rpc_in_flight_max} of this connection are not answered yet",
                 "wait for some of them",
             )
-            return codec.error(call.id, busy)
-        reply = await self._run(call)
-        return reply if call.wants_reply else None
+        return None
 
-    async def _run(self, call: Call) -> bytes:
-        context = Context(call.id, self)
-        key = call.id if call.wants_reply and call.id is not None else object()
-        self._running[key] = context  # type: ignore[index]
+    async def _run(self, call: Call, context: Context) -> bytes:
+        key = object() if call.id is None else call.id
+        self._running[key] = context
         try:
             with context.scope:
                 return codec.result(call.id, await self._handle(call, context))
@@ -169,7 +181,7 @@ class Connection:
         except Exception as error:  # a bug in one request must not end the node for all others
             return codec.error(call.id, refusal_of(error, call.method))
         finally:
-            del self._running[key]  # type: ignore[arg-type]
+            del self._running[key]
 
     async def _handle(self, call: Call, context: Context) -> object:
         handler = self._handlers.get(call.method)

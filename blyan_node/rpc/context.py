@@ -35,6 +35,7 @@ class Context:
     client: Client
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _on_cancel: Callable[[], None] | None = None
+    _after_reply: Callable[[], None] | None = None
     _last: tuple[str, float] = ("", 0.0)
 
     def notify(self, params: msgspec.Struct) -> None:
@@ -53,6 +54,15 @@ class Context:
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Makes cancelling call `callback` instead; the handler then has a few seconds to end."""
         self._on_cancel = callback
+
+    def after_reply(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called once the answer is on its way to the client."""
+        self._after_reply = callback
+
+    def replied(self) -> None:
+        """The answer is on its way."""
+        if self._after_reply is not None:
+            self._after_reply()
 
     def cancel(self) -> None:
         """Ends the request early."""

@@ -173,8 +173,8 @@ def _spawn(folder: Path, testnet: Testnet, member: Member) -> None:
         "bootstrap": [addr for m in testnet.members if m is not member for addr in m.addrs],
         **testnet.settings,
     }
-    if member.role == "main":
-        settings.pop("hold", None)  # a main node of a testnet leaves the experts to the others
+    if member.role == "main" and any(m.role == "gpu" for m in testnet.members):
+        settings.pop("hold", None)  # a main node leaves the experts to the others, if there are any
     line = ["start", "--home", str(home), "--rpc", member.rpc, "--json"]
     for key, value in settings.items():
         line += ["--set", f"{key}={json.dumps(value)}"]

@@ -20,7 +20,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Count = Annotated[int, Meta(ge=0)]
-Replicas = Annotated[int, Meta(ge=1, le=64, description="Live holders that every expert must have")]
+Replicas = Annotated[
+    int,
+    Meta(ge=1, le=limits.replicas_max, description="Live holders that every expert must have"),
+]
 ModelName = Annotated[
     str, Meta(min_length=1, max_length=160, description="A model: its name, `name@id` or its id")
 ]

@@ -1,0 +1,29 @@
+"""`generate.run` and `forward.run`."""
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from blyan_node.rpc.context import Context
+from protocols.rpc import generate
+
+if TYPE_CHECKING:
+    from blyan_node.app import App
+
+
+async def run(
+    app: "App", request: generate.GenerateRequest, context: Context
+) -> generate.GenerateResult:
+    """Answers a prompt; a cancelled request answers with what it has."""
+    cancelled = trio.Event()
+    context.on_cancel(cancelled.set)
+    return await app.generation.generate(
+        request, context.notify, progress=context.progress, cancelled=cancelled
+    )
+
+
+async def forward(
+    app: "App", request: generate.ForwardRequest, context: Context
+) -> generate.ForwardResult:
+    """One pass over a prompt, written to a file."""
+    return await app.generation.forward(request, progress=context.progress)

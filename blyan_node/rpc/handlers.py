@@ -1,0 +1,51 @@
+"""Which function answers which method of the table."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from blyan_node.rpc import calls, chain, events, expert, generate, model, node
+from blyan_node.rpc.connection import Bound
+from blyan_node.rpc.context import Context
+
+if TYPE_CHECKING:
+    from blyan_node.app import App
+
+Handler = Callable[["App", Any, Context], Awaitable[object]]
+
+HANDLERS: Mapping[str, Handler] = {
+    "node.status": node.status,
+    "node.id": node.show_id,
+    "node.peers": node.peers,
+    "node.stop": node.stop,
+    "network.show": node.network,
+    "model.publish": model.publish,
+    "model.list": model.list_models,
+    "model.show": model.show,
+    "model.fetch": model.fetch,
+    "model.verify": model.verify,
+    "model.wait": model.wait,
+    "model.export": model.export,
+    "model.update": model.update,
+    "expert.list": expert.list_experts,
+    "expert.where": expert.where,
+    "expert.hold": expert.hold,
+    "expert.drop": expert.drop,
+    "expert.stats": expert.stats,
+    "generate.run": generate.run,
+    "forward.run": generate.forward,
+    "chain.status": chain.status,
+    "chain.heads": chain.heads,
+    "chain.log": chain.log,
+    "chain.verify": chain.verify,
+    "chain.graph": chain.graph,
+    "block.show": chain.show_block,
+    "events.subscribe": events.subscribe,
+    "rpc.discover": calls.discover,
+    "rpc.cancel": calls.cancel,
+}
+
+
+def handlers(app: "App") -> dict[str, Bound]:
+    """The handlers of one node."""
+    return {name: partial(handler, app) for name, handler in HANDLERS.items()}
