@@ -23,7 +23,7 @@ from protocols.ids import PeerId
 from protocols.signing import Identity
 
 MESSAGE_BYTES = 600  # a signed header
-PAUSE_S = 0.1
+PAUSE_S = 0.5
 WAITING_MAX = 1_024
 
 

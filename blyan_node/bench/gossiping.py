@@ -13,7 +13,7 @@ import msgspec
 from blyan_node.bench.rows import Row, row
 
 NODES = 16
-MESSAGES = 50
+MESSAGES = 30
 SETTLE_S = 5  # heartbeats in which the mesh takes shape
 CONNECT_S_MAX = 90
 ARRIVE_S_MAX = 10
