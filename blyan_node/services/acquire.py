@@ -33,7 +33,6 @@ from protocols.sync.messages import (
 )
 from protocols.sync.plan import Assignment, FetchPlan, PlanLimits
 from storage.errors import BlockMissing
-from storage.store import Store
 
 K = TypeVar("K", bound=bytes)
 T = TypeVar("T")
@@ -56,10 +55,10 @@ class Unobtainable(Exception):
 class Acquire:
     """Brings blocks into the chain from whoever has them."""
 
-    def __init__(self, network: PeerNetwork, chain: Chain, store: Store, fetch: Fetch) -> None:
+    def __init__(self, network: PeerNetwork, chain: Chain, fetch: Fetch) -> None:
         self._network = network
         self._chain = chain
-        self._store = store
+        self._store = chain.store
         self._fetch = fetch
         self._reads = trio.CapacityLimiter(2)
         self._busy: set[BlockId] = set()

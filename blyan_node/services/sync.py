@@ -9,7 +9,6 @@ way: a release with its manifest, its body and what it lists.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -25,6 +24,7 @@ from protocols.dag.admission import Parked
 from protocols.dag.header import Block
 from protocols.errors import Refused, RemoteProtocolError
 from protocols.ids import BlockId, ManifestId, PeerId, cid_text
+from protocols.rpc.node import Syncing
 from protocols.sync.logs import LogWalk
 from protocols.sync.messages import (
     SYNC,
@@ -39,22 +39,12 @@ from protocols.sync.messages import (
     check_log_request,
     fill,
 )
-from storage.store import Store
 
 log = logging.getLogger(__name__)
 
 PULL_ROUNDS_MAX = 10
 PULLS_MAX = 8
 PULLS_PER_PEER_MAX = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Syncing:
-    """How far catching up is, in blocks; `eta_s` is None until there is a rate to go by."""
-
-    have: int
-    want: int
-    eta_s: float | None
 
 
 class _Walker:
@@ -64,17 +54,18 @@ class _Walker:
         self.poked = Changes()
         self.walked = Changes()
         self.scope = trio.CancelScope()
-        self.left = 0
+        self.left = 0  # entries of its log behind the cursor
+        self.target = 0  # blocks that we shall have if all of them are new
 
 
 class Sync:
     """Catching up with peers, and answering them."""
 
-    def __init__(self, network: PeerNetwork, chain: Chain, store: Store, fetch: Fetch) -> None:
+    def __init__(self, network: PeerNetwork, chain: Chain, fetch: Fetch) -> None:
         self._network = network
         self._chain = chain
-        self._store = store
-        self._acquire = Acquire(network, chain, store, fetch)
+        self._store = chain.store
+        self._acquire = Acquire(network, chain, fetch)
         self._reads = trio.CapacityLimiter(2)
         self._walkers: dict[PeerId, _Walker] = {}
         self._pulling: dict[BlockId, PeerId] = {}
@@ -97,16 +88,17 @@ class Sync:
                     self._walkers[peer] = _Walker()
                     nursery.start_soon(self._follow, peer)
 
-    @property
-    def status(self) -> Syncing | None:
-        """How far catching up is; None while this node is level with its peers."""
-        left = max((walker.left for walker in self._walkers.values()), default=0)
-        have = self._store.stats().accepted
-        if not left or self._began is None:
+    def syncing(self) -> Syncing | None:
+        """How far catching up is, in blocks; None while this node is level with its peers."""
+        targets = [walker.target for walker in self._walkers.values() if walker.left]
+        if not targets or self._began is None:
             return None
         since, before = self._began
+        have = self._store.stats().accepted
+        want = max(have, *targets)
         done, spent = have - before, trio.current_time() - since
-        return Syncing(have, have + left, left * spent / done if done > 0 else None)
+        eta_s = (want - have) * spent / done if done > 0 else None
+        return Syncing(have=have, want=want, eta_s=eta_s)
 
     async def pull(self, block: Block, source: PeerId) -> None:
         """Takes a block that gossip brought, with all that it needs; gives up quietly.
@@ -210,6 +202,7 @@ class Sync:
 
     def _note(self, walker: _Walker, left: int) -> None:
         walker.left = left
+        walker.target = self._store.stats().accepted + left
         if not any(w.left for w in self._walkers.values()):
             self._began = None
         elif self._began is None:
