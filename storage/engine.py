@@ -20,7 +20,10 @@ class Engine(Protocol):
     def batch(
         self, puts: Sequence[Row], deletes: Sequence[bytes] = (), *, sync: bool = False
     ) -> None:
-        """Writes `puts` and removes `deletes` atomically. Raises `DiskFull` or `Corrupt`."""
+        """Writes `puts` and removes `deletes` atomically. Raises `DiskFull` or `Corrupt`.
+
+        A batch that only deletes also gives the space back to the disk, which takes its time.
+        """
 
     def iterate(
         self, prefix: bytes, *, start: bytes | None = None, reverse: bool = False

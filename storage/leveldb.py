@@ -67,6 +67,9 @@ class LevelDBEngine:
             except plyvel.Error as error:
                 self._failed = str(error)
                 raise _told(error, self._path) from error
+            if deletes and not puts:
+                # Else LevelDB gives the space back at some later time, which may never come.
+                self._db.compact_range(start=min(deletes), stop=max(deletes))
 
     def iterate(
         self, prefix: bytes, *, start: bytes | None = None, reverse: bool = False
@@ -87,13 +90,6 @@ class LevelDBEngine:
                     if key < low:
                         break
                     yield key, value
-        except plyvel.Error as error:
-            raise _told(error, self._path) from error
-
-    def reclaim(self, first: bytes, last: bytes) -> None:
-        """Gives the space of deleted rows between two keys back to the disk."""
-        try:
-            self._db.compact_range(start=first, stop=last)
         except plyvel.Error as error:
             raise _told(error, self._path) from error
 

@@ -2,34 +2,12 @@
 
 import pytest
 
-from blyan_node.testing.blocks import Author, Made
-from protocols.dag.admission import Accepted, admit
+from blyan_node.testing.blocks import Author
+from blyan_node.testing.writing import write
 from protocols.dag.heads import heads_of
 from protocols.ids import Subject, model_root
 from storage.errors import BlockMissing, Corrupt
 from storage.pins import Pin
-from storage.store import Store
-
-
-def write(store: Store, made: list[Made]) -> None:
-    """Chunks, then what admission says, block by block."""
-    for one in made:
-        store.put_chunks(one.chunks)
-        rows = [(one.manifest_id, one.manifest_bytes)]
-        releases = {one.id: one.subjects} if one.subjects is not None else {}
-        if releases or one.block.header.kind == "release":
-            store.stage([], rows, release_subjects=releases)
-        else:
-            store.stage([], rows)
-        verdict = admit(one.block, store)
-        if isinstance(verdict, Accepted):
-            store.accept(
-                verdict.blocks,
-                release_subjects=releases,
-                heads={verdict.model: (verdict.heads, verdict.root)},
-            )
-        else:
-            store.stage([one.block])
 
 
 def test_a_publish_is_staged_and_enters_the_log_with_its_release(make_store) -> None:

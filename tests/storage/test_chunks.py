@@ -18,6 +18,7 @@ from storage.fsck import check
 from storage.gc import collect, drop_body
 from storage.packs import ALIGNMENT
 from storage.pins import Pin
+from storage.store import open_store
 from storage.tensors import cut
 
 CHUNK = limits.chunk_bytes
@@ -170,3 +171,17 @@ def test_a_pack_of_a_block_with_a_missing_chunk_names_it(make_store) -> None:
     assert store.packs.bytes == 0
     store.put_chunks(made.chunks)
     assert store.pack(made.id).bytes == 2 * CHUNK
+
+
+def test_space_comes_back_to_the_disk(tmp_path) -> None:
+    with open_store(tmp_path) as store:
+        rng = random.Random(9)
+        rows = [(chunk_hash(d), d) for d in (rng.randbytes(CHUNK) for _ in range(24))]
+        store.put_chunks(rows)
+    with open_store(tmp_path) as store:
+        used = sum(f.stat().st_size for f in (tmp_path / "chunks").iterdir())
+        assert used > 24 * CHUNK
+        assert collect(store) == 24 * CHUNK
+        used = sum(f.stat().st_size for f in (tmp_path / "chunks").iterdir())
+        assert used < CHUNK
+        assert check(store).ok
