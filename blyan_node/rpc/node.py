@@ -25,14 +25,9 @@ async def status(app: "App", request: node.StatusRequest, context: Context) -> n
         models=len(app.chain.models()),
         held=held(app),
         stored_bytes=stats.chunk_bytes,
-        syncing=_syncing(app),
+        syncing=app.sync.syncing(),
         profile=app.profile,
     )
-
-
-def _syncing(app: "App") -> node.Syncing | None:
-    at = app.sync.status
-    return None if at is None else node.Syncing(have=at.have, want=at.want, eta_s=at.eta_s)
 
 
 def held(app: "App") -> node.Held:

@@ -1,0 +1,195 @@
+"""The composition root: every object of a node, made in the order in which they need each other.
+
+Nobody else constructs a service. Resources whose lifetimes must nest (store, then tasks) are `with`
+blocks around the nursery. The order in which services start is the order in which they come to
+serve; when the node ends, adverts are withdrawn while the network still runs.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import trio
+
+from blyan_node.config import Config
+from blyan_node.identity import load_identity
+from blyan_node.moe.numerics import use_threads
+from blyan_node.moe.profile import profile
+from blyan_node.network.interface import NetworkConfig
+from blyan_node.network.network import Network
+from blyan_node.rpc.handlers import handlers
+from blyan_node.rpc.server import RpcServer
+from blyan_node.services.authoring import Author
+from blyan_node.services.chain import Chain
+from blyan_node.services.directory import AdvertConfig, Adverts
+from blyan_node.services.export import Export
+from blyan_node.services.fetch import Fetch
+from blyan_node.services.generation import Generation
+from blyan_node.services.gossip import Gossip
+from blyan_node.services.holding import Holding
+from blyan_node.services.layers import Layers
+from blyan_node.services.models import Models
+from blyan_node.services.placement import Placement, PlacementConfig
+from blyan_node.services.publish import Publish
+from blyan_node.services.serving import Serving
+from blyan_node.services.supply import Supply
+from blyan_node.services.sync import Sync
+from blyan_node.services.trunks import Trunks
+from blyan_node.services.update import Update
+from blyan_node.services.verify import Verify
+from protocols.hello import HelloSummary
+from protocols.ids import BlockId, peer_id_of
+from protocols.signing import Identity
+from storage.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+
+def clock_ms() -> int:
+    """The wall clock, in ms since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True)
+class App:
+    """A node's objects, for the RPC's handlers. `stop` ends the node as a signal would."""
+
+    config: Config
+    identity: Identity
+    version: str
+    profile: str
+    store: Store
+    network: Network
+    chain: Chain
+    sync: Sync
+    gossip: Gossip
+    fetch: Fetch
+    supply: Supply
+    models: Models
+    holding: Holding
+    serving: Serving
+    adverts: Adverts
+    layers: Layers
+    generation: Generation
+    placement: Placement
+    publish: Publish
+    update: Update
+    export: Export
+    verify: Verify
+    stop: Callable[[], None]
+
+
+def build(config: Config, identity: Identity, store: Store, stop: Callable[[], None]) -> App:
+    """Every object of a node, none of them running."""
+    use_threads(config.threads)
+    numeric, node_version = profile(), version("blyan-node")
+    compute = trio.CapacityLimiter(1)
+    files = trio.CapacityLimiter(2)
+    authoring = trio.CapacityLimiter(1)
+
+    network = Network(
+        identity,
+        NetworkConfig(
+            network_id=config.genesis.id,
+            network_name=config.genesis.name,
+            role=config.role,
+            version=node_version,
+            profile=numeric,
+            listen=config.listen,
+            announce=config.announce,
+            bootstrap=config.bootstrap,
+            seed=int.from_bytes(identity.public[:8]),
+        ),
+        lambda: HelloSummary(log_id=store.log_id, log_length=store.stats().accepted),
+    )
+    chain = Chain(store, config.genesis.id, clock_ms)
+    fetch = Fetch(network, store, lambda block: adverts.holders(block))
+    supply = Supply(store, fetch)
+    models = Models(store, supply)
+    holding = Holding(store, supply, models, config.memory_bytes)
+    serving = Serving(network, holding, numeric, compute)
+    adverts = Adverts(
+        network,
+        identity,
+        AdvertConfig(config.genesis.id, config.role, numeric, config.hold == "auto"),
+        holding,
+        lambda: serving.queue_length,
+        clock_ms,
+    )
+    sync = Sync(network, chain, fetch)
+    gossip = Gossip(network, chain, sync)
+    layers = Layers(network, adverts, holding, compute)
+    trunks = Trunks(store, supply, holding)
+    author = Author(store, identity, config.genesis.id, clock_ms)
+    return App(
+        config=config,
+        identity=identity,
+        version=node_version,
+        profile=numeric,
+        store=store,
+        network=network,
+        chain=chain,
+        sync=sync,
+        gossip=gossip,
+        fetch=fetch,
+        supply=supply,
+        models=models,
+        holding=holding,
+        serving=serving,
+        adverts=adverts,
+        layers=layers,
+        generation=Generation(chain, store, models, trunks, layers, compute),
+        placement=Placement(
+            _placement(config, store), chain, store, supply, adverts, holding, identity.peer_id
+        ),
+        publish=Publish(store, chain, author, authoring),
+        update=Update(store, chain, author, authoring),
+        export=Export(store, supply, files),
+        verify=Verify(store, files),
+        stop=stop,
+    )
+
+
+async def run_app(config: Config, *, on_ready: Callable[[Mapping[str, object]], None]) -> None:
+    """Runs a node until it is cancelled or asked to stop; `on_ready` is told once it serves.
+
+    Raises `Refused` if the home is in use, the store cannot be opened or an address not be had.
+    """
+    identity = load_identity(config.key_file)
+    with open_store(config.data, quota_bytes=config.disk_bytes) as store:
+        async with trio.open_nursery() as nursery:
+            app = build(config, identity, store, nursery.cancel_scope.cancel)
+            await nursery.start(app.network.run)
+            for service in (app.fetch, app.sync, app.gossip, app.serving, app.adverts):
+                await nursery.start(service.run)
+            await nursery.start(app.placement.run)
+            await nursery.start(RpcServer(config.rpc, handlers(app)).run)
+            on_ready(_readiness(app))
+    log.info("stopped")
+
+
+def _placement(config: Config, store: Store) -> PlacementConfig:
+    """What the node takes by itself: by plan, by list, or nothing; only of listed authors."""
+
+    def may_take(model: BlockId) -> bool:
+        block = store.block(model)
+        return block is not None and (
+            config.authors == "all" or peer_id_of(block.header.author) in config.authors
+        )
+
+    if isinstance(config.hold, str):
+        return PlacementConfig(config.hold, config.replicas, may_take=may_take)
+    return PlacementConfig("list", config.replicas, frozenset(config.hold), may_take)
+
+
+def _readiness(app: App) -> Mapping[str, object]:
+    return {
+        "peer_id": app.identity.peer_id,
+        "role": app.config.role,
+        "addrs": app.network.addrs,
+        "rpc": str(app.config.rpc),
+        "version": app.version,
+        "profile": app.profile,
+    }
