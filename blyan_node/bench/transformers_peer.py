@@ -16,7 +16,8 @@ def main() -> None:
     """Loads the model in float32 and serves until the input ends."""
     path, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.train(False)
     print("ready", flush=True)
     for line in sys.stdin:
         prompt, new = map(int, line.split())
