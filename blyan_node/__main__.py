@@ -8,12 +8,14 @@ libp2p.
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from blyan_node.config import Settings, settings_of
+from blyan_node.rpc.refusals import leaves_of, refusal_of_os
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.rpc import telling
 
@@ -34,11 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
         return _tell(bad, arguments.json, EXIT_USAGE)
     except OSError as error:
-        from blyan_node.rpc.refusals import refusal_of_os
-
         return _tell(refusal_of_os(error), arguments.json, EXIT_REFUSED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:  # a bug of ours: told in words, its traceback goes to the log
+        logging.getLogger("blyan_node").critical("ended by a bug", exc_info=error)
+        return _tell(_bug(error), arguments.json, EXIT_REFUSED)
+
+
+def _bug(error: Exception) -> Refused:
+    found = leaves_of(error)[0] if isinstance(error, ExceptionGroup) else error
+    return Refused(
+        ErrorCode.INTERNAL,
+        "blyan-node ended because of a bug in it",
+        f"{type(found).__name__}: {found}"[:300],
+        "please report it, with the log",
+    )
 
 
 def _tell(refused: Refused, as_json: bool, code: int) -> int:
