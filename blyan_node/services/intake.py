@@ -57,7 +57,8 @@ class StagedBySource:
         """Counts a staged block against its source."""
         if block not in self._source:
             self._source[block] = source
-            of = self._of.setdefault(source, _Staged())
+            of = self._of.pop(source, None) or _Staged()
+            self._of[source] = of  # the newest is last
             of.blocks[block] = size
             of.bytes += size
 
@@ -77,10 +78,9 @@ class StagedBySource:
             or of.bytes > limits.staged_bytes_per_peer_max
         )
 
-    def largest(self) -> str | None:
-        """The source (not ourselves) that has staged most."""
-        others = [source for source in self._of if source != OURSELVES]
-        return max(others, key=lambda s: len(self._of[s].blocks), default=None)
+    def stalest(self) -> str | None:
+        """The source (not ourselves) that has staged nothing for longest."""
+        return next((source for source in self._of if source != OURSELVES), None)
 
     def forget(self, source: str) -> list[BlockId]:
         """Takes out all that a source has staged."""
@@ -172,8 +172,8 @@ class Intake:
         if self._staged.over(source):
             session.unstage(self._staged.forget(source))
             raise RemoteProtocolError("block/release", "too many blocks without their release")
-        if session.staged_count > limits.staged_blocks_max and (most := self._staged.largest()):
-            session.unstage(self._staged.forget(most))
+        if session.staged_count > limits.staged_blocks_max and (old := self._staged.stalest()):
+            session.unstage(self._staged.forget(old))
 
     def _count_left_over(self, ids: Iterable[BlockId]) -> None:
         for id in ids:
