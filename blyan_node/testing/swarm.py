@@ -72,6 +72,7 @@ class SwarmNode:
         self.identity = identity(name)
         self.store = open_store(swarm.directory / name)
         self.network = swarm.fabric.node(self.identity, role=role, profile=PROFILE)
+        self._scope = trio.CancelScope()
         self.chain = Chain(self.store, NETWORK, lambda: NOW_MS)
         self.fetch = CopyFetch(swarm, self.store)
         self.supply = Supply(self.store, self.fetch)
@@ -105,11 +106,17 @@ class SwarmNode:
             await nursery.start(self.serving.run)
             await nursery.start(self.adverts.run)
             self.swarm.running[self.peer_id] = self
+            self._scope = nursery.cancel_scope
             task_status.started()
             try:
                 await trio.sleep_forever()
             finally:
                 del self.swarm.running[self.peer_id]
+
+    def kill(self) -> None:
+        """Ends `run` from outside; the network is gone first, so nothing is said any more."""
+        self.network.kill()
+        self._scope.cancel()
 
     async def publish(self, path: Path, name: str) -> Published:
         """Publishes a checkpoint here, and gives its blocks to every node."""

@@ -5,17 +5,19 @@ carries out its own part, so no two nodes need to talk about who takes what. Vie
 while adverts travel; the plan heals that in the next round.
 
 * Rarest first: experts with the fewest holders are assigned before any gets one more, up to the
-  target `replicas`. Each goes to the node with the most free memory that does not hold it yet;
-  equals are told apart by a hash of (peer, block), so that they spread.
+  target `replicas`. Each goes to the node with room that ranks first for it by a hash of (peer,
+  block), weighted by the node's memory. The ranking does not change while experts are being
+  loaded, so nodes whose views differ for a moment still agree about nearly everything.
 * If an expert that nobody holds fits nowhere, one node that can makes room by dropping an expert
   of which there are at least two.
-* Above the target, one holder lets go: the one with the least free memory.
+* Above the target, one holder lets go: the one that ranks last.
 * `Steady` makes changes slow: a plan is carried out only after it has stayed the same for a while,
   except that an expert without any holder is taken at once.
 """
 
 import hashlib
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,9 +63,27 @@ class Plan:
     urgent: frozenset[BlockId] = frozenset()
 
 
-def rank(peer: PeerId, block: BlockId) -> bytes:
-    """The place of `peer` among equals for `block` (rendezvous hashing)."""
-    return hashlib.sha256(peer.encode() + b"\0" + block).digest()
+def rank(peer: PeerId, block: BlockId, capacity: int) -> float:
+    """The place of `peer` for `block`, smallest first; each wins in proportion to its capacity.
+
+    Weighted rendezvous hashing: an exponential variable whose rate is the capacity.
+    """
+    digest = hashlib.sha256(peer.encode() + b"\0" + block).digest()
+    return -math.log((int.from_bytes(digest[:7]) + 1) / 2**56) / max(1, capacity)
+
+
+class _Ranking:
+    """The ranking of the members of one view."""
+
+    def __init__(self, view: View) -> None:
+        sizes = {part.block: part.size for part in view.parts}
+        self._capacity = {
+            member.peer: member.free + sum(sizes.get(block, 0) for block in member.held)
+            for member in view.members
+        }
+
+    def __call__(self, peer: PeerId, block: BlockId) -> tuple[float, PeerId]:
+        return rank(peer, block, self._capacity[peer]), peer
 
 
 def plan(view: View) -> Plan:
@@ -73,15 +93,16 @@ def plan(view: View) -> Plan:
         for block in member.held:
             if block in counts:
                 counts[block] += 1
-    taken, homeless = _assign(view, counts)
+    order = _Ranking(view)
+    taken, homeless = _assign(view, counts, order)
     mine = tuple(block for block, peer in taken if peer == view.me)
     urgent = frozenset(block for block in mine if counts[block] == 0)
-    drop = _surplus(view, counts) or _room(view, counts, homeless)
+    drop = _surplus(view, counts, order) or _room(view, counts, homeless, order)
     return Plan(mine, drop, urgent)
 
 
 def _assign(
-    view: View, counts: dict[BlockId, int]
+    view: View, counts: dict[BlockId, int], order: _Ranking
 ) -> tuple[list[tuple[BlockId, PeerId]], list[Part]]:
     """Who takes what, in order, and the parts without holder that fit nowhere."""
     sizes = {part.block: part.size for part in view.parts}
@@ -99,7 +120,7 @@ def _assign(
             if count == 0:
                 homeless.append(Part(block, size))
             continue
-        peer = min(fits, key=lambda peer: (-free[peer], rank(peer, block)))
+        peer = min(order(peer, block) for peer in fits)[1]
         free[peer] -= size
         held[peer].add(block)
         taken.append((block, peer))
@@ -108,7 +129,7 @@ def _assign(
     return taken, homeless
 
 
-def _surplus(view: View, counts: dict[BlockId, int]) -> tuple[BlockId, ...]:
+def _surplus(view: View, counts: dict[BlockId, int], order: _Ranking) -> tuple[BlockId, ...]:
     """At most one block of mine that is held too often, if I am the one to let go."""
     for block in sorted(counts, key=lambda block: (-counts[block], block)):
         if counts[block] <= view.replicas:
@@ -116,18 +137,20 @@ def _surplus(view: View, counts: dict[BlockId, int]) -> tuple[BlockId, ...]:
         holders = [member for member in view.members if member.auto and block in member.held]
         if not holders:
             continue
-        loser = min(holders, key=lambda member: (member.free, rank(member.peer, block)))
-        if loser.peer == view.me and block not in view.fixed:
+        loser = max(order(member.peer, block) for member in holders)[1]
+        if loser == view.me and block not in view.fixed:
             return (block,)
     return ()
 
 
-def _room(view: View, counts: dict[BlockId, int], homeless: Iterable[Part]) -> tuple[BlockId, ...]:
+def _room(
+    view: View, counts: dict[BlockId, int], homeless: Iterable[Part], order: _Ranking
+) -> tuple[BlockId, ...]:
     """At most one block of mine to drop so that an expert without holder fits."""
     sizes = {part.block: part.size for part in view.parts}
     for part in homeless:
         offers = [
-            (-counts[block], rank(member.peer, block), member.peer, block)
+            (-counts[block], order(member.peer, block), member.peer, block)
             for member in view.members
             if member.auto
             for block in member.held
