@@ -36,6 +36,7 @@ model_file_bytes_max = 64 * MIB
 disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it has taken
 ingest_batch_bytes = 8 * MIB
 ingest_batches_waiting_max = 2
+ingest_unsynced_bytes_max = 256 * MIB  # what is hashed again after a crash in a publish
 
 # Model directories and configurations
 config_bytes_max = MIB

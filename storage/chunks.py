@@ -11,7 +11,7 @@ crash makes an index row point at nothing or leaves bytes behind for ever.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from protocols import limits
 from protocols.errors import LocalProtocolError
@@ -40,9 +40,13 @@ class Chunks:
         self.data = data
         self.quota_bytes = quota_bytes
         self._free_bytes = free_bytes
+        self._pending: dict[ChunkHash, tuple[int, int]] = {}  # written, and not synced
 
     def find(self, name: ChunkHash) -> tuple[int, int] | None:
         """The number and the size of a chunk, None if it is not here."""
+        pending = self._pending.get(name)
+        if pending is not None:
+            return pending
         row = self._index.engine.get(keys.CHUNK.key(name))
         if row is None:
             return None
@@ -50,7 +54,7 @@ class Chunks:
         return seq, size
 
     def __contains__(self, name: ChunkHash) -> bool:
-        return self._index.engine.get(keys.CHUNK.key(name)) is not None
+        return self.find(name) is not None
 
     def get(self, name: ChunkHash) -> bytes | None:
         """The bytes of a chunk, verified; None if it is not here. Raises `Corrupt`."""
@@ -65,28 +69,28 @@ class Chunks:
             raise Corrupt(f"chunk {name.hex()} is damaged", str(why), chunk=name.hex())
         return data
 
-    def put(self, rows: Iterable[ChunkRow]) -> int:
-        """Stores the chunks that are new, durably; how many bytes that was. Raises `DiskFull`.
+    def put(self, rows: Iterable[ChunkRow], *, sync: bool = True) -> int:
+        """Stores the chunks that are new; how many bytes that was. Raises `DiskFull`.
 
-        The caller has made sure that each name is the hash of its bytes.
+        Without `sync` they are readable at once and durable with the next `put` that syncs. The
+        caller has made sure that each name is the hash of its bytes.
         """
         with self._index.lock:
             new = {name: data for name, data in rows if name not in self}
-            if not new:
-                return 0
-            size = sum(map(len, new.values()))
             if any(not 0 < len(data) <= limits.chunk_bytes for data in new.values()):
                 raise LocalProtocolError("a chunk is empty or too large")
-            self._make_sure_of_room(size)
-            first = self._index.counters.next_chunk
-            self.data.batch(
-                [
-                    (keys.DATA.key(first + i, name), data)
-                    for i, (name, data) in enumerate(new.items())
-                ],
-                sync=True,
-            )
-            self._enter(first, [(name, len(data)) for name, data in new.items()])
+            size = sum(map(len, new.values()))
+            if new:
+                self._make_sure_of_room(size)
+            first = self._index.counters.next_chunk + len(self._pending)
+            places = {name: (first + i, len(data)) for i, (name, data) in enumerate(new.items())}
+            batch = [(keys.DATA.key(places[name][0], name), new[name]) for name in new]
+            if batch or self._pending:
+                self.data.batch(batch, sync=sync)
+                self._pending.update(places)
+            if sync:
+                self._enter(self._pending)
+                self._pending = {}
             return size
 
     def remove(self, names: Sequence[ChunkHash]) -> int:
@@ -99,27 +103,31 @@ class Chunks:
     def adopt(self) -> None:
         """Finishes what a crash interrupted; called once when the store is opened."""
         self._finish_leaving()
-        counters = self._index.counters
-        start = keys.DATA.key(counters.next_chunk, bytes(32))
+        start = keys.DATA.key(self._index.counters.next_chunk, bytes(32))
+        found: dict[ChunkHash, tuple[int, int]] = {}
+        bad: list[bytes] = []
         for key, data in self.data.iterate(keys.DATA.prefix(), start=start):
             stored = keys.DATA.parse(key)
             name = ChunkHash(stored.hash)
-            if name in self or fault(name, len(data), data) is not None:
-                self.data.batch([], [key], sync=True)
+            if name in found or name in self or fault(name, len(data), data) is not None:
+                bad.append(key)
             else:
-                self._enter(stored.seq, [(name, len(data))])
+                found[name] = stored.seq, len(data)
+        if found or bad:
+            self.data.batch([], bad, sync=True)
+            self._enter(found)
 
-    def _enter(self, first: int, sizes: Sequence[tuple[ChunkHash, int]]) -> None:
+    def _enter(self, places: Mapping[ChunkHash, tuple[int, int]]) -> None:
+        """Makes chunks known that are on the disk."""
+        if not places:
+            return
         counters = self._index.counters
-        rows = [
-            (keys.CHUNK.key(name), keys.CHUNK_VALUE.pack(first + i, size))
-            for i, (name, size) in enumerate(sizes)
-        ]
         after = counters._replace(
-            chunks=counters.chunks + len(sizes),
-            chunk_bytes=counters.chunk_bytes + sum(size for _, size in sizes),
-            next_chunk=first + len(sizes),
+            chunks=counters.chunks + len(places),
+            chunk_bytes=counters.chunk_bytes + sum(size for _, size in places.values()),
+            next_chunk=max(seq for seq, _ in places.values()) + 1,
         )
+        rows = [(keys.CHUNK.key(n), keys.CHUNK_VALUE.pack(*at)) for n, at in places.items()]
         self._index.commit(rows, counters=after)
 
     def _remove_some(self, names: Sequence[ChunkHash]) -> int:
@@ -143,7 +151,8 @@ class Chunks:
             self._index.commit([], rows, counters=self._index.counters)
 
     def _make_sure_of_room(self, size: int) -> None:
-        stored = self._index.counters.chunk_bytes
+        pending = sum(size for _, size in self._pending.values())
+        stored = self._index.counters.chunk_bytes + pending
         if self.quota_bytes is not None and stored + size > self.quota_bytes:
             raise DiskFull(
                 f"{stored + size} bytes would be stored, --disk allows {self.quota_bytes}"

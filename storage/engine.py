@@ -2,7 +2,8 @@
 
 There are two engines, `storage.leveldb` for nodes and `storage.memory` for tests, and one suite of
 tests for both. Keys are ordered as bytes. A batch takes effect whole or not at all; with `sync` it
-also outlives a power cut once the call returns, and with it every batch before it.
+also outlives a power cut once the call returns, and with it every batch before it. An empty batch
+with `sync` is how to make sure of those before.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,6 +4,7 @@ Weights do not compress, so compression is off; big write buffers and files keep
 writing the same bytes several times. Reads verify LevelDB's own checksums.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import plyvel
 from storage.engine import Row, after_prefix
 from storage.errors import FULL, Corrupt, DiskFull
 
+SORT_RATHER_THAN_SYNC_BYTES = 16 << 20
 _FULL = tuple(os.strerror(code) for code in FULL)
 
 
@@ -29,6 +31,7 @@ class LevelDBEngine:
     def __init__(self, path: Path, *, buffer_bytes: int, cache_bytes: int) -> None:
         self._path = path
         self._failed: str | None = None
+        self._unsynced = 0  # bytes that came in batches without sync
         self._write = threading.Lock()
         try:
             self._db: Any = plyvel.DB(
@@ -64,12 +67,30 @@ class LevelDBEngine:
                 batch.delete(key)
             try:
                 batch.write()
-            except plyvel.Error as error:
+                self._make_durable(sync, sum(len(value) for _, value in puts))
+            except (plyvel.Error, OSError) as error:
                 self._failed = str(error)
                 raise _told(error, self._path) from error
             if deletes and not puts:
                 # Else LevelDB gives the space back at some later time, which may never come.
                 self._db.compact_range(start=min(deletes), stop=max(deletes))
+
+    def _make_durable(self, sync: bool, size: int) -> None:
+        """Keeps what `sync` promises for the batches before, which LevelDB does not.
+
+        LevelDB syncs the log that it writes to now, and not an older one that it has left without
+        sync. Where much was written, sorting it into a synced file costs half as much as syncing
+        the log first: the log is then deleted and never reaches the disk.
+        """
+        self._unsynced += size
+        if not sync:
+            return
+        if self._unsynced > SORT_RATHER_THAN_SYNC_BYTES:
+            self._db.compact_range(start=b"\xff" * 64, stop=b"\xff" * 64)
+        elif self._unsynced > size:
+            for log in self._path.glob("*.log"):
+                _sync_file(log)
+        self._unsynced = 0
 
     def iterate(
         self, prefix: bytes, *, start: bytes | None = None, reverse: bool = False
@@ -103,7 +124,17 @@ def repair(path: Path) -> None:
     plyvel.repair_db(str(path))
 
 
-def _told(error: plyvel.Error, path: Path) -> DiskFull | Corrupt | OSError:
+def _sync_file(path: Path) -> None:
+    """Forces a file to disk; one that is gone was sorted into a synced file before it went."""
+    with contextlib.suppress(FileNotFoundError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _told(error: Exception, path: Path) -> DiskFull | Corrupt | OSError:
     text = str(error)
     if any(reason in text for reason in _FULL):
         return DiskFull(text[:200])

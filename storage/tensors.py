@@ -2,8 +2,8 @@
 
 An `Ingest` is one writer's session: tensors go in piece by piece and blocks are staged behind them.
 Pieces are cut and hashed on the caller's thread; a thread of the session writes full batches, and a
-block only behind the batch with its last chunk. What is in memory is bounded by
-`limits.ingest_batch_bytes` and `limits.ingest_batches_waiting_max`, whatever the tensors' sizes.
+block only behind the batch with its last chunk, when that is synced. `limits.ingest_batch_bytes` and
+`limits.ingest_batches_waiting_max` bound what is in memory, whatever the tensors' sizes.
 """
 
 import queue
@@ -27,6 +27,7 @@ class _Batch:
     blocks: list[Block] = field(default_factory=list)
     manifests: list[ManifestRow] = field(default_factory=list)
     bytes: int = 0
+    sync: bool = False
 
 
 class Ingest:
@@ -44,6 +45,7 @@ class Ingest:
         self._batch = _Batch()
         self._queue: queue.Queue[_Batch | None] = queue.Queue(limits.ingest_batches_waiting_max)
         self._waiting: dict[ChunkHash, None] = {}
+        self._staged = _Batch()  # blocks whose chunks are not synced yet
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._store_batches, name="ingest", daemon=True)
 
@@ -58,7 +60,7 @@ class Ingest:
         tb: TracebackType | None,
     ) -> None:
         try:
-            self._send()  # after an error as well: the next attempt finds what was done
+            self._send(sync=True)  # after an error as well: the next attempt finds what was done
             self._queue.put(None)
             self._thread.join()
         finally:
@@ -89,7 +91,7 @@ class Ingest:
 
     def flush(self) -> None:
         """Returns when everything so far is stored, or raises what failed."""
-        self._send()
+        self._send(sync=True)
         self._queue.join()
         self._raise()
 
@@ -102,7 +104,8 @@ class Ingest:
             self._raise()
             self._send()
 
-    def _send(self) -> None:
+    def _send(self, *, sync: bool = False) -> None:
+        self._batch.sync = sync
         self._queue.put(self._batch)
         self._batch = _Batch()
 
@@ -121,18 +124,28 @@ class Ingest:
                 self._queue.task_done()
 
     def _store(self, batch: _Batch) -> None:
-        """Chunks first, synced; then the blocks that consist of them."""
-        self._chunks.put(batch.chunks.items())
-        if batch.blocks:
-            self._blocks.stage(batch.blocks, batch.manifests)
+        """Chunks first; once they are synced, the blocks that consist of them."""
+        staged = self._staged
+        staged.bytes += batch.bytes
+        staged.blocks += batch.blocks
+        staged.manifests += batch.manifests
+        sync = batch.sync or staged.bytes >= limits.ingest_unsynced_bytes_max
+        self._chunks.put(batch.chunks.items(), sync=sync)
         for chunk in batch.chunks:
             self._waiting.pop(chunk, None)
+        if sync:
+            if staged.blocks:
+                self._blocks.stage(staged.blocks, staged.manifests)
+            self._staged = _Batch()
 
 
 def cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
     """The same bytes in pieces of `size`, the last one shorter; no empty piece."""
     rest = bytearray()
     for piece in pieces:
+        if not rest and len(piece) == size and isinstance(piece, bytes):
+            yield piece  # as it is: most pieces are
+            continue
         view = memoryview(piece).cast("B")
         at = 0
         if rest:

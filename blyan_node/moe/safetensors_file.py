@@ -19,7 +19,7 @@ from protocols import limits
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 
 _LENGTH = struct.Struct("<Q")
-PIECE_BYTES = limits.MIB
+PIECE_BYTES = limits.chunk_bytes  # so that a piece is a chunk, and nobody copies it
 
 
 @dataclass(frozen=True, slots=True)
