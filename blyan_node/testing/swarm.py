@@ -21,6 +21,7 @@ from blyan_node.services.publish import Publish, Published
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Progress, Supply
 from blyan_node.services.trunks import Trunks
+from blyan_node.services.update import Update, Updated
 from blyan_node.testing.blocks import NOW_MS, identity
 from blyan_node.testing.network import NETWORK, Fabric
 from protocols.dag.header import Kind
@@ -125,6 +126,14 @@ class SwarmNode:
         published = await Publish(self.store, self.chain, author, limiter).publish(path, name)
         await self.swarm.share(self)
         return published
+
+    async def update(self, model: BlockId, subject: Subject, weights: Path) -> Updated:
+        """Replaces one part of a model here, and gives the block to every node."""
+        author = Author(self.store, self.identity, NETWORK, lambda: NOW_MS)
+        update = Update(self.store, self.chain, author, trio.CapacityLimiter(1))
+        updated = await update.update(model, subject, weights)
+        await self.swarm.share(self)
+        return updated
 
     async def hold(self, model: BlockId, subjects: Iterable[str]) -> None:
         """Holds experts by order, fetching what is missing."""

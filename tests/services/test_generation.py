@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import trio
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blyan_node.moe.reference import Reference
 from blyan_node.moe.sampling import Sampler
@@ -479,3 +479,41 @@ async def test_a_second_main_node_answers_at_its_first_request(
         assert result.token_ids == truth.generate(PROMPT, 12)
         assert result.stats.fetched_bytes > 0
         assert progress
+
+
+@trio_test
+async def test_an_update_is_for_new_sessions_and_the_old_root_still_answers(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        first = await told.alice.generation.generate(ask(), nobody)
+        subject = Subject(max(first.trace, key=lambda s: sum(first.trace[s].peers.values())))
+        other = open_reference(mixtral)
+        weights = {name: tensor * 1.5 for name, tensor in other.parts[subject].items()}
+        other.parts[subject] = weights
+        save_file(weights, tmp_path / "new.safetensors")
+        came = 0
+
+        async with trio.open_nursery() as nursery:
+
+            def emit(token: Token) -> None:
+                nonlocal came
+                came += 1
+                if came == 2:
+                    nursery.start_soon(
+                        told.alice.update, told.model, subject, tmp_path / "new.safetensors"
+                    )
+
+            running = await told.alice.generation.generate(ask(40), emit)
+        assert running.token_ids == truth.generate(PROMPT, 40)
+        assert running.root == first.root
+        new = await told.alice.generation.generate(ask(), nobody)
+        assert new.token_ids == other.generate(PROMPT, 12)
+        assert new.root != first.root
+        assert new.trace[subject].block != first.trace[subject].block
+        old = await told.alice.generation.generate(ask(root=first.root), nobody)
+        assert (old.token_ids, old.root) == (first.token_ids, first.root)
+        assert old.trace[subject].block == first.trace[subject].block
+        assert len(told.alice.trunks._loaded) == 1  # an expert's update shares the trunk
+        with pytest.raises(Refused, match="has no root"):
+            await told.alice.generation.generate(ask(root="0" * 64), nobody)
