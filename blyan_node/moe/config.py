@@ -60,7 +60,7 @@ def refuse(why: str, **data: object) -> NoReturn:
     raise Refused(
         ErrorCode.BAD_MODEL,
         "this model cannot be read",
-        why,
+        why.encode(errors="backslashreplace").decode(),
         "Give a complete Hugging Face directory of a supported family (docs/models.md)",
         data,
     )

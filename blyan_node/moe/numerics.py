@@ -40,12 +40,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, k] times weight [m, k] transposed, plus bias [m]: float32 [n, m], row by row.
 
     `weight` may be stored by rows or by columns (a transposed view); the result's bits depend on
-    which. With several rows the weight is walked in pieces that stay in the cache; a piece gives
-    the same bits as the whole.
+    which. With several rows, a weight that is stored by rows is walked in pieces that stay in the
+    cache; a piece gives the same bits as the whole.
     """
     x, out, n = align(x), aligned(x.shape[0], weight.shape[0]), x.shape[0]
     step = weight.shape[0]
-    if n > 1:
+    if n > 1 and weight.stride(1) == 1:
         step = max(64, _TILE_FLOATS // weight.shape[1] // 64 * 64)
     for first in range(0, weight.shape[0], step):
         piece = weight[first : first + step]
