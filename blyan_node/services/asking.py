@@ -92,10 +92,10 @@ class Asking(Generic[K]):
         peer = assignment.peer
         try:
             answer = await self._ask(assignment)
-        except PeerGone:
-            self._plan.drop_peer(peer)
-        except (RequestTimeout, PeerRefused):
+        except (PeerGone, RequestTimeout, PeerRefused):
             self._plan.failed(assignment, trio.current_time())
+            if peer not in self._network.peers:
+                self._plan.drop_peer(peer)  # it may come back, and is asked again then
         except RemoteProtocolError as error:
             self._network.penalise(peer, error)
             self._plan.corrupt(assignment)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from blyan_node.network.errors import PeerGone
 from blyan_node.testing.blocks import Made
 from blyan_node.testing.chain_nodes import ChainNode, running
 from blyan_node.testing.network import Fabric
@@ -151,6 +152,36 @@ async def test_a_peer_that_leaves_half_way_is_replaced(tmp_path: Path) -> None:
 
         assert await carol.fetch.fetch(parts, leave) == 3 * SIZE
         assert all(carol.store.is_stored(id) for id in parts)
+
+
+@trio_test
+async def test_when_the_last_peer_leaves_it_is_said_at_once(tmp_path: Path) -> None:
+    async with swarm(tmp_path, "alice", "bob") as ((alice, bob), published):
+
+        def leave(done: int, total: int | None, what: str) -> None:
+            if done > SIZE:
+                alice.network.kill()
+
+        with pytest.raises(Refused, match="none of 0 connected peers"):
+            await bob.fetch.fetch([m.id for m in published[1:4]], leave)
+
+
+@trio_test
+async def test_a_connected_peer_that_cannot_be_asked_is_not_asked_for_ever(
+    tmp_path: Path,
+) -> None:
+    async with swarm(tmp_path, "alice", "bob") as ((alice, bob), published):
+        asked = 0
+
+        async def gone(*args: object, **kwargs: object) -> object:
+            nonlocal asked
+            asked += 1
+            raise PeerGone(alice.peer_id, "its stream broke")
+
+        bob.network.request = gone  # type: ignore[method-assign]
+        with pytest.raises(Refused, match="none of 1 connected peers"):
+            await bob.fetch.fetch([published[1].id])
+        assert asked <= 2 * limits.fetch_failures_max
 
 
 @trio_test
