@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ class Client:
             self._socket.close()
             reason = getattr(error, "strerror", None) or str(error)
             raise NoNode(f"no node answers on {path} ({reason})") from None
+
+    @property
+    def process(self) -> int | None:
+        """The id of the node's process, where the system tells it."""
+        peer_credentials = getattr(socket, "SO_PEERCRED", None)
+        if peer_credentials is None:
+            return None
+        raw = self._socket.getsockopt(socket.SOL_SOCKET, peer_credentials, 12)
+        return int.from_bytes(raw[:4], sys.byteorder)
 
     def __enter__(self) -> Self:
         return self

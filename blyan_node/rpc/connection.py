@@ -3,6 +3,7 @@
 import logging
 import select
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -215,4 +216,4 @@ def same_user(sock: trio.socket.SocketType, uid: int) -> bool:
     if peer_credentials is None:  # not Linux: the folder's and the socket's modes are the guard
         return True
     raw = sock.getsockopt(socket.SOL_SOCKET, peer_credentials, 12)
-    return int.from_bytes(raw[4:8], "little") in (uid, 0)
+    return int.from_bytes(raw[4:8], sys.byteorder) in (uid, 0)

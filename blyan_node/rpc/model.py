@@ -125,7 +125,7 @@ def _not_stored(app: "App", blocks: list[BlockId]) -> list[BlockId]:
 async def verify(app: "App", request: model.VerifyRequest, context: Context) -> model.VerifyResult:
     """Reads and checks every stored byte of a model."""
     block = app.chain.find_model(request.model)
-    found = await app.verify.verify(block.id, partial(context.progress, unit="blocks"))
+    found = await app.verify.verify(block.id, context.progress)
     return model.VerifyResult(
         ok=found.ok,
         blocks=found.blocks,

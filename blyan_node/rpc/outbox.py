@@ -29,6 +29,7 @@ class Outbox:
         self._closed = False
         self._overflow = False
         self._shield = trio.CancelScope(shield=True)
+        self._sending = trio.CancelScope()
 
     def put(self, line: bytes) -> None:
         """Queues one line (its newline is added); past the limit the client is given up."""
@@ -38,6 +39,7 @@ class Outbox:
         if self._bytes > limits.rpc_output_bytes_max:
             self._overflow = True
             self._lines.clear()
+            self._sending.cancel()
         else:
             self._lines.append(line + b"\n")
             self._bytes += len(line) + 1
@@ -61,16 +63,14 @@ class Outbox:
 
     async def write(self) -> None:
         """Writes until closed and empty; raises `ClientGone` when the client takes nothing."""
-        with self._shield:
-            while True:
-                if self._overflow:
-                    raise ClientGone("it let too much wait unread")
+        with self._shield, self._sending:
+            while self._lines or not self._closed:
                 if self._lines:
                     await self._send(self._lines.popleft())
-                elif self._closed:
-                    return
                 else:
                     await self._changed.wait()
+        if self._overflow:
+            raise ClientGone("it let too much wait unread")
 
     async def _send(self, line: bytes) -> None:
         view = memoryview(line)

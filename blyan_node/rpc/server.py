@@ -18,7 +18,7 @@ from protocols.rpc import codec
 from protocols.rpc.table import METHODS
 
 log = logging.getLogger(__name__)
-BACKLOG = 64
+BACKLOG = 512
 
 
 class RpcServer:
