@@ -77,15 +77,14 @@ class Directory:
     def experts(
         self, model: BlockId | None = None
     ) -> Iterator[tuple[HeldExpert, Sequence[PeerId]]]:
-        """Every expert that somebody holds, with its holders, in order; of one model if named."""
-        found = {
-            held: block
-            for block, peers in self._holders.items()
-            for held in peers.values()
-            if model is None or held.model == model
-        }
+        """The experts that are advertised, with who does, in order; those of one model if named."""
+        found: dict[HeldExpert, list[PeerId]] = {}
+        for peers in self._holders.values():
+            for peer, held in peers.items():
+                if model is None or held.model == model:
+                    found.setdefault(held, []).append(peer)
         for held in sorted(found):
-            yield held, self.holders(held.block)
+            yield held, sorted(found[held])
 
     def _remember(self, peer: PeerId, seq: int) -> None:
         self._seqs.pop(peer, None)

@@ -252,7 +252,10 @@ async def test_an_expert_that_is_only_stored_elsewhere_is_fetched(
 
 
 @trio_test
-async def test_an_expert_that_is_nowhere_is_named(mixtral: Path, tmp_path: Path) -> None:
+async def test_an_expert_that_is_nowhere_is_named(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocols.limits.holder_wait_s_max", 0.2)
     holds = {"bob": [s for s in ALL if s != "layer2.expert3"]}
     async with story(mixtral, tmp_path, holds) as told:
         block = told.alice.store.heads(told.model)[Subject("layer2.expert3")]
@@ -265,7 +268,10 @@ async def test_an_expert_that_is_nowhere_is_named(mixtral: Path, tmp_path: Path)
 
 
 @trio_test
-async def test_an_expert_that_does_not_fit_is_named(mixtral: Path, tmp_path: Path) -> None:
+async def test_an_expert_that_does_not_fit_is_named(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocols.limits.holder_wait_s_max", 0.2)
     swarm = Swarm(tmp_path)
     alice = swarm.node("alice", "main", memory=1000)
     async with swarm.started():
@@ -517,3 +523,17 @@ async def test_an_update_is_for_new_sessions_and_the_old_root_still_answers(
         assert len(told.alice.trunks._loaded) == 1  # an expert's update shares the trunk
         with pytest.raises(Refused, match="has no root"):
             await told.alice.generation.generate(ask(root="0" * 64), nobody)
+
+
+@trio_test
+async def test_a_holder_that_comes_in_time_is_waited_for(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    swarm = Swarm(tmp_path)
+    alice, bob = swarm.node("alice", "main", memory=1000), swarm.node("bob")
+    async with swarm.started() as nursery:
+        published = await alice.publish(mixtral, "tiny")
+        nursery.start_soon(bob.hold, published.model, ALL)
+        result = await alice.generation.generate(ask(4), nobody)
+        assert result.token_ids == truth.generate(PROMPT, 4)
+        assert all(set(entry.peers) == {bob.peer_id} for entry in result.trace.values())
