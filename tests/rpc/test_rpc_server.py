@@ -441,7 +441,8 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
         listen(tmp_path / "rpc.sock")
 
 
-def test_the_socket_of_a_node_that_is_gone_is_replaced(tmp_path: Path) -> None:
+@trio_test
+async def test_the_socket_of_a_node_that_is_gone_is_replaced(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     path = tmp_path / "rpc.sock"
     with socket.socket(socket.AF_UNIX) as old:
