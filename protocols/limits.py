@@ -66,11 +66,19 @@ sync_page_ids_max = 1_000
 sync_headers_max = 128
 sync_manifests_max = 64
 sync_requests_per_peer_max = 2
-sync_every_s = 30
+sync_every_s = 15
+sync_retry_s = 1  # after a walk that failed; twice as long each time, up to sync_every_s
+sync_pulls_max = 8  # blocks from gossip that are being completed
+sync_pulls_per_peer_max = 2
+sync_pull_rounds_max = 10
+sync_idle_rounds_max = 2  # rounds that bring nothing, after which a page is given up for now
+blocks_heard_max = 256  # gossiped blocks that wait to be taken in; the oldest goes
+chain_events_max = 1_024  # events that a listener lets wait; the oldest goes
 chunks_per_request_max = 8
 chunks_in_flight_per_peer_max = 8
 fetch_failures_max = 3  # in a row, after which a peer is asked no more for this fetch
 fetch_backoff_s = 1
+fetch_slow_s = 5  # after which an item is asked of an idle peer as well
 chunks_request_s_max = 20
 
 # Peers

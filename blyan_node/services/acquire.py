@@ -45,7 +45,6 @@ MANIFESTS = PlanLimits(
     batch=limits.sync_manifests_max,
     in_flight=limits.sync_manifests_max * limits.sync_requests_per_peer_max,
 )
-IDLE_ROUNDS_MAX = 2  # rounds that bring nothing, after which it is given up
 
 
 class Unobtainable(Exception):
@@ -72,7 +71,7 @@ class Acquire:
         can never be accepted, which is the owner's fault.
         """
         left, idle_rounds = len(ids) + 1, 0
-        while idle_rounds < IDLE_ROUNDS_MAX:
+        while idle_rounds < limits.sync_idle_rounds_max:
             seen = self._freed.count
             wanted = await self._in_thread(partial(self._wanted, ids))
             if not wanted:
@@ -101,8 +100,12 @@ class Acquire:
     async def _bring(self, ids: Sequence[BlockId], owner: PeerId) -> None:
         known = await self._in_thread(lambda: [self._store.block(id) for id in ids])
         blocks = {block.id: block for block in known if block is not None}
-        await self._headers([id for id in ids if id not in blocks], blocks, owner)
-        ordered = [blocks[id] for id in ids]
+        lost: Unobtainable | None = None
+        try:
+            await self._headers([id for id in ids if id not in blocks], blocks, owner)
+        except Unobtainable as error:
+            lost = error  # what did come is taken in all the same
+        ordered = [blocks[id] for id in ids if id in blocks]
         lacking = await self._in_thread(partial(self._without_manifest, ordered))
         whole = [block for block in ordered if block not in lacking]
         _check(await self._chain.submit(whole, [], owner), owner)
@@ -111,6 +114,8 @@ class Acquire:
         for block in ordered:
             if block.header.kind is Kind.RELEASE and not self._store.is_accepted(block.id):
                 await self._body(block, owner)
+        if lost is not None:
+            raise lost
 
     async def _headers(
         self, ids: Sequence[BlockId], into: dict[BlockId, Block], owner: PeerId

@@ -14,6 +14,7 @@ import trio
 from blyan_node.network.fanout import Fanout
 from blyan_node.services.changes import Changes
 from blyan_node.services.intake import OURSELVES, Intake, Outcome, read_release
+from protocols import limits
 from protocols.dag.admission import Accepted, Duplicate, Parked, Staged
 from protocols.dag.header import Block, Kind
 from protocols.dag.heads import Fork, Heads, heads_of
@@ -33,8 +34,6 @@ from protocols.tensors.manifest import Manifest
 from storage.store import Store
 
 log = logging.getLogger(__name__)
-
-events_waiting_max = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Chain:
         self._intake = Intake(store)
         self._events = Fanout[ChainEvent]()
         self._writes = trio.CapacityLimiter(1)
-        self._models = {id: self._known(id) for id in store.models()}
+        self._models: dict[BlockId, Block] = {}
 
     @property
     def parked(self) -> int:
@@ -86,7 +85,7 @@ class Chain:
 
     def events(self) -> trio.MemoryReceiveChannel[ChainEvent]:
         """What takes effect from now on; a slow listener loses the oldest."""
-        return self._events.add(events_waiting_max).receiver
+        return self._events.add(limits.chain_events_max).receiver
 
     async def submit(
         self,
@@ -126,7 +125,8 @@ class Chain:
     # Looking
 
     def models(self) -> Mapping[BlockId, Block]:
-        """The accepted models."""
+        """The accepted models, as the store has them at this moment."""
+        self._models = {id: self._models.get(id) or self._known(id) for id in self.store.models()}
         return self._models
 
     def heads(self, model: BlockId) -> Mapping[Subject, BlockId]:
@@ -151,10 +151,10 @@ class Chain:
 
         Raises `Refused`: `NOT_FOUND`, or `AMBIGUOUS` where two authors use one name.
         """
-        found = [b for b in self._models.values() if text in _called(b)]
+        models = self.models().values()
+        found = [b for b in models if text in _called(b)]
         if len(found) == 1:
             return found[0]
-        names = sorted(_full_name(b) for b in self._models.values())
         if found:
             choices = sorted(_full_name(b) for b in found)
             raise Refused(
@@ -167,7 +167,7 @@ class Chain:
         raise Refused(
             ErrorCode.NOT_FOUND,
             f"no model {text[:200]}",
-            f"this node knows {len(names)} models",
+            f"this node knows {len(models)} models",
             "`blyan-node model list` shows them; a new node may still be catching up.",
             {"model": text[:200]},
         )
@@ -206,9 +206,6 @@ class Chain:
                 log.info("refused block %s: %s", cid_text(outcome.block.id), verdict)
             if isinstance(verdict, Accepted):
                 changed = True
-                for block in verdict.blocks:
-                    if block.header.kind is Kind.MODEL:
-                        self._models[block.id] = block
                 self._events.put(_event(outcome, verdict))
         if changed:
             self.changes.tell()

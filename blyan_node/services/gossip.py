@@ -12,14 +12,13 @@ import trio
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.chain import Chain, ChainEvent, ReleaseAccepted
 from blyan_node.services.sync import Sync
+from protocols import limits
 from protocols.dag.admission import waits_for_release
 from protocols.dag.header import Block
 from protocols.dag.validate import Stage, decode_block, refuse
 from protocols.ids import PeerId, cid_text
 
 log = logging.getLogger(__name__)
-
-HEARD_MAX = 256  # blocks that wait to be taken in; the oldest is dropped
 
 
 class Gossip:
@@ -29,7 +28,7 @@ class Gossip:
         self._network = network
         self._chain = chain
         self._sync = sync
-        self._heard = network.subscribe("blocks", self._validate, HEARD_MAX)
+        self._heard = network.subscribe("blocks", self._validate, limits.blocks_heard_max)
         self._events = chain.events()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

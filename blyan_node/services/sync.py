@@ -42,10 +42,6 @@ from protocols.sync.messages import (
 
 log = logging.getLogger(__name__)
 
-PULL_ROUNDS_MAX = 10
-PULLS_MAX = 8
-PULLS_PER_PEER_MAX = 2
-
 
 class _Walker:
     """The walks through one peer's log."""
@@ -69,7 +65,7 @@ class Sync:
         self._reads = trio.CapacityLimiter(2)
         self._walkers: dict[PeerId, _Walker] = {}
         self._pulling: dict[BlockId, PeerId] = {}
-        self._pulls = trio.CapacityLimiter(PULLS_MAX)
+        self._pulls = trio.CapacityLimiter(limits.sync_pulls_max)
         self._began: tuple[float, int] | None = None  # when catching up began, and with how much
         self.pulls_dropped = 0
         network.handle(SYNC_PROTOCOL, SYNC, self._answer)
@@ -109,7 +105,7 @@ class Sync:
         mine = sum(peer == source for peer in self._pulling.values())
         if block.id in self._pulling or self._store.is_accepted(block.id):
             return
-        if mine >= PULLS_PER_PEER_MAX or self._pulls.available_tokens < 1:
+        if mine >= limits.sync_pulls_per_peer_max or self._pulls.available_tokens < 1:
             self.pulls_dropped += 1
             self.poke(source)
             return
@@ -130,7 +126,7 @@ class Sync:
             walker.poked.tell()
 
     async def _complete(self, block: Block, source: PeerId) -> None:
-        for _ in range(PULL_ROUNDS_MAX):
+        for _ in range(limits.sync_pull_rounds_max):
             verdict = (await self._chain.submit([block], [], source))[0].verdict
             if isinstance(verdict, RemoteProtocolError):
                 raise verdict
@@ -165,17 +161,22 @@ class Sync:
     async def _follow(self, peer: PeerId) -> None:
         """Walks when the peer has come up, when poked, and every now and then."""
         walker = self._walkers[peer]
+        retry_s: float = limits.sync_retry_s
         while peer in self._network.peers:
             seen = walker.poked.count
             with trio.CancelScope() as walker.scope:
-                await self._try_walk(peer, walker)
-                with trio.move_on_after(limits.sync_every_s):
+                level = await self._try_walk(peer, walker)
+                pause_s = limits.sync_every_s if level else min(retry_s, limits.sync_every_s)
+                retry_s = limits.sync_retry_s if level else retry_s * 2
+                with trio.move_on_after(pause_s):
                     await walker.poked.wait(seen)
         del self._walkers[peer]
 
-    async def _try_walk(self, peer: PeerId, walker: _Walker) -> None:
+    async def _try_walk(self, peer: PeerId, walker: _Walker) -> bool:
+        """Whether the walk came to the end of the log."""
         try:
             await self._walk(peer, walker)
+            return True
         except (PeerGone, PeerRefused, RequestTimeout, Unobtainable, Refused) as error:
             log.info("catching up with %s is put off: %s", peer, error)
         except RemoteProtocolError as error:
@@ -184,6 +185,7 @@ class Sync:
         finally:
             self._note(walker, 0)
             walker.walked.tell()
+        return False
 
     async def _walk(self, peer: PeerId, walker: _Walker) -> None:
         walk = LogWalk(partial(self._store.cursor, peer))

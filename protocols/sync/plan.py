@@ -34,7 +34,7 @@ class PlanLimits:
     in_flight: int = limits.chunks_in_flight_per_peer_max
     failures: int = limits.fetch_failures_max
     backoff_s: float = limits.fetch_backoff_s
-    slow_s: float = 5.0
+    slow_s: float = limits.fetch_slow_s
 
 
 @dataclass(frozen=True, slots=True)
