@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protocols.errors import ErrorCode, Refused
 
-TEMPERATURE_MAX = 100.0
+TEMPERATURE_MIN, TEMPERATURE_MAX = 1e-9, 100.0  # below the first it is greedy anyway
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Sampler:
         if self.temperature == 0:
             return int(values.argmax())
         order = np.argsort(-values, kind="stable")
-        scaled = (values[order] - values[order[0]]) / self.temperature
+        scaled = (values[order] - values[order[0]]) / max(self.temperature, TEMPERATURE_MIN)
         reached = np.cumsum(np.exp(scaled))
         kept = int(np.searchsorted(reached, self.top_p * reached[-1])) + 1
         kept = min(kept, len(order))
