@@ -84,11 +84,12 @@ class Chunks:
                 self._make_sure_of_room(size)
             first = self._index.counters.next_chunk + len(self._pending)
             places = {name: (first + i, len(data)) for i, (name, data) in enumerate(new.items())}
-            batch = [(keys.DATA.key(places[name][0], name), new[name]) for name in new]
-            if batch or self._pending:
-                self.data.batch(batch, sync=sync)
-                self._pending.update(places)
-            if sync:
+            # One by one: chunks need not arrive together, and LevelDB copies small batches faster.
+            for name, data in new.items():
+                self.data.batch([(keys.DATA.key(places[name][0], name), data)])
+            self._pending.update(places)
+            if sync and self._pending:
+                self.data.batch([], sync=True)
                 self._enter(self._pending)
                 self._pending = {}
             return size

@@ -2,7 +2,7 @@
 
 An `Ingest` is one writer's session: tensors go in piece by piece and blocks are staged behind them.
 Pieces are cut and hashed on the caller's thread; a thread of the session writes full batches, and a
-block only behind the batch with its last chunk, when that is synced. `limits.ingest_batch_bytes` and
+block only behind its last chunk, when that is synced. `limits.ingest_batch_bytes` and
 `limits.ingest_batches_waiting_max` bound what is in memory, whatever the tensors' sizes.
 """
 
