@@ -4,9 +4,9 @@ The contract: a row's bits depend on that row, on the weights and on how they ar
 nothing else: not on the other rows of a batch, on the number of threads, or on how a prompt was
 cut. Matrix products of several rows break it (their blocking depends on the number of rows and
 the row's place among them), so a product is done row by row with a matrix-vector product, whose
-order of summation is fixed once both sides are aligned to 16 bytes. What was measured is in
-docs/decisions/0004-row-invariance.md. Every function here keeps the contract; code that adds another
-operation with a sum or a transcendental function must show the same.
+order of summation is fixed once both sides are aligned. What was measured is in
+docs/decisions/0004-row-invariance.md. Every function here keeps the contract; another operation
+with a sum or a transcendental function must be shown to keep it.
 """
 
 import math
