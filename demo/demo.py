@@ -20,6 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 BLYAN = Path(sys.executable).with_name("blyan-node")
 MODEL = "smollm2"
+NODES = 4
 REPLICAS = 2
 FIRST_PROMPT = "What is the capital of France?"
 SECOND_PROMPT = "Explain in a few sentences why the sky is blue."
@@ -40,8 +41,8 @@ def main() -> None:
     with testnet(net) as nodes:
         tell(f"Publishing {directory.name} as blocks, until {REPLICAS} nodes hold each expert")
         alice = nodes[0]["rpc"]
-        command("--rpc", alice, "model", "publish", directory, "--name", MODEL)
-        command("--rpc", alice, "model", "wait", MODEL, "--replicas", REPLICAS)
+        publish = ("model", "publish", directory, "--name", MODEL, "--wait-replicas", REPLICAS)
+        command("--rpc", alice, *publish)
         names = {node["peer_id"]: node["name"] for node in nodes}
         first_answer(alice, names)
         answer_through_a_loss(alice, names, net)
@@ -51,12 +52,12 @@ def main() -> None:
 @contextmanager
 def testnet(net: Path) -> Iterator[list[Json]]:
     """Four fresh daemons that know each other: alice is main, bob, carol and dave hold experts."""
-    if net.exists():
-        command("testnet", "down", "--dir", net)
+    if net.exists():  # of an earlier run that was cut off
+        subprocess.run([BLYAN, "testnet", "down", "--dir", net], capture_output=True, check=False)
         shutil.rmtree(net)
     tell("Starting one main and three gpu daemons; returns when each is connected to each")
     try:
-        up = command("testnet", "up", "--nodes", 4, "--dir", net, "--json")
+        up = command("testnet", "up", "--nodes", NODES, "--dir", net, "--json")
         nodes: list[Json] = json.loads(up)["nodes"]
         for node in nodes:
             print(f"    {node['name']:6} {node['role']:5} pid {node['pid']:<7} {node['peer_id']}")
@@ -64,7 +65,7 @@ def testnet(net: Path) -> Iterator[list[Json]]:
     finally:
         if net.exists():
             tell("Stopping the daemons")
-            command("testnet", "down", "--dir", net)
+            command("testnet", "down", "--dir", net, "--json")
 
 
 def first_answer(rpc: str, names: dict[str, str]) -> None:
@@ -100,8 +101,9 @@ def answer_through_a_loss(rpc: str, names: dict[str, str], net: Path) -> None:
 
     def kill(tokens: int) -> None:
         if tokens == KILL_AFTER_TOKENS:
-            command("testnet", "kill", victim, "--dir", net)
-            print(f" ☠{victim} ", end="", flush=True)
+            print(f" [{victim} is killed]", flush=True)
+            command("testnet", "kill", victim, "--dir", net, "--json")
+            print("    …", end="", flush=True)
 
     shaken = ask(rpc, SECOND_PROMPT, SECOND_TOKENS, kill)
     same = calm["token_ids"] == shaken["token_ids"]

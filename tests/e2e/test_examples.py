@@ -36,10 +36,13 @@ def output(process: subprocess.Popen[str]) -> str:
 def test_generate_watch_and_update(make_testnet: Callable[..., Testnet], tmp_path: Path) -> None:
     net = make_testnet(2)
     alice = net["alice"]
-    events = start("watch_events.py", alice.rpc, 1)
+    events = start("watch_events.py", alice.rpc)
     model = make_checkpoint("mixtral", tmp_path / "tiny")
     alice("model", "publish", model, "--name", "tiny", "--wait-replicas", 1)
-    assert "release" in output(events)
+    assert events.stdout is not None
+    assert any("release" in line for line in events.stdout)
+    events.terminate()
+    events.communicate(timeout=RUN_S_MAX)
 
     answer = output(start("generate.py", alice.rpc, "tiny", "3,17,42", 8))
     expected = alice(
