@@ -9,7 +9,7 @@ The result depends on the set of accepted blocks alone, never on the order in wh
 with the length of the history.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocols.dag.header import Block, Kind
@@ -83,20 +83,6 @@ def follow(id: BlockId, view: ChainView) -> BlockId:
     while successors := view.successors(id):
         id = min(successors)
     return id
-
-
-def history(head: BlockId, view: ChainView) -> Iterable[BlockId]:
-    """A head and what it replaced, newest first."""
-    at: BlockId | None = head
-    while at is not None and (block := view.block(at)) is not None:
-        yield at
-        at = block.header.base
-
-
-def check_same(kept: Mapping[Subject, BlockId], model: BlockId, view: ChainView) -> bool:
-    """Whether kept heads equal the reference."""
-    whole = heads_of(model, view)
-    return dict(kept) == ({} if whole is None else whole.heads)
 
 
 def _walk(

@@ -192,13 +192,6 @@ class FetchPlan(Generic[K]):
         """The peer sent something that is not what was asked for: it is asked no more."""
         self._dismiss(assignment.peer)
 
-    def forget_absences(self, peer: PeerId) -> None:
-        """The peer may have come by what it did not have."""
-        if state := self._peers.get(peer):
-            state.absent.clear()
-            state.absent_groups.clear()
-            state.dry_since = -1
-
     def stuck(self) -> list[K]:
         """If nothing is under way and nobody is left to ask: what cannot be had now."""
         if any(state.under_way for state in self._peers.values()):

@@ -137,12 +137,13 @@ def test_a_group_that_a_peer_has_nothing_of_is_not_asked_further() -> None:
     plan.want(items(50), group=b"block")
     plan.want([(b"other", 1)])
     plan.add_peer(ALICE)
-    one, _two = plan.next(0)
+    one, two = plan.next(0)
     plan.answered(one, absent=one.keys)
     (asked,) = plan.next(0)
     assert asked.keys == (b"other",)
-    plan.forget_absences(ALICE)
-    assert plan.stuck() == []
+    plan.answered(asked, absent=asked.keys)
+    plan.failed(two, 0)
+    assert len(plan.stuck()) == 51 and plan.next(100) == []
 
 
 def test_a_group_that_a_peer_has_some_of_is_asked_on() -> None:
