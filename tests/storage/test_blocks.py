@@ -7,7 +7,9 @@ from blyan_node.testing.writing import write
 from protocols.dag.heads import heads_of
 from protocols.ids import Subject, model_root
 from storage.errors import BlockMissing, Corrupt
+from storage.memory import MemoryEngine
 from storage.pins import Pin
+from storage.store import Store
 
 
 def test_a_publish_is_staged_and_enters_the_log_with_its_release(make_store) -> None:
@@ -134,3 +136,35 @@ def test_every_flipped_byte_of_a_block_is_noticed_by_its_reader(make_store, fami
         store.index.engine.batch([(key, bytes(bad))])
         with pytest.raises(Corrupt, match="is damaged"):
             store.body(one.id)
+
+
+def test_appending_costs_the_same_in_a_short_chain_and_in_a_long_one(tmp_path) -> None:
+    """Counted in engine calls and rows, not in seconds."""
+    calls: list[int] = []
+
+    class Counting(MemoryEngine):
+        def get(self, key: bytes) -> bytes | None:
+            calls.append(1)
+            return super().get(key)
+
+        def batch(self, puts, deletes=(), *, sync=False) -> None:
+            calls.append(len(puts) + len(deletes))
+            super().batch(puts, deletes, sync=sync)
+
+        def iterate(self, prefix, *, start=None, reverse=False):
+            for row in super().iterate(prefix, start=start, reverse=reverse):
+                calls.append(1)
+                yield row
+
+    store = Store(Counting(), Counting(), tmp_path, free_bytes=lambda: 1 << 40)
+    author = Author("alice")
+    made = author.publish()
+    write(store, made)
+    head, costs = made[2], {}
+    for number in range(1, 1_001):
+        head = author.update(head, b"%d" % number)
+        calls.clear()
+        write(store, [head])
+        costs[number] = sum(calls)
+    assert costs[10] == costs[100] == costs[1_000]
+    assert store.log(1_000, 1)[0][0] == 1_001
