@@ -16,7 +16,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from blyan_node.moe.config import parse_json, refuse
+from blyan_node.moe.strict_json import parse_json, refuse
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
 

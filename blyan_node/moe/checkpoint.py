@@ -14,9 +14,10 @@ from typing import Self
 
 import numpy as np
 
-from blyan_node.moe.config import ModelConfig, parse_config, parse_json, refuse
+from blyan_node.moe.config import ModelConfig, parse_config
 from blyan_node.moe.layout import SubjectLayout, TensorLayout, layout, sources
 from blyan_node.moe.safetensors_file import StoredTensor, read_header, read_pieces
+from blyan_node.moe.strict_json import parse_json, refuse
 from protocols import limits
 from protocols.ids import Subject
 from protocols.tensors.manifest import Dtype

@@ -1,18 +1,17 @@
 """What a `config.json` says, read strictly.
 
 Every field of a configuration is one of four things: understood and used, known to change nothing
-at inference (`_INERT`), required to have the one value that this code computes, or refused by
-name. A field that nobody here has heard of is refused: it may change the mathematics.
+at inference (`strict_json.INERT`), required to have the one value that this code computes, or
+refused by name. A field that nobody here has heard of is refused: it may change the mathematics.
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
+from blyan_node.moe.strict_json import Fields, parse_json, refuse, show, token_ids
 from protocols import limits
-from protocols.errors import ErrorCode, Refused
 
 Family = Literal["mixtral", "gpt_oss"]
 
@@ -55,22 +54,11 @@ class ModelConfig:
     eos: tuple[int, ...]
 
 
-def refuse(why: str, **data: object) -> NoReturn:
-    """Raises the refusal of a model, with what to do next."""
-    raise Refused(
-        ErrorCode.BAD_MODEL,
-        "this model cannot be read",
-        why.encode(errors="backslashreplace").decode(),
-        "Give a complete Hugging Face directory of a supported family (docs/models.md)",
-        data,
-    )
-
-
 def parse_config(data: bytes) -> ModelConfig:
     """Reads the bytes of a `config.json`; raises `Refused` (BAD_MODEL) that names the field."""
     if len(data) > limits.config_bytes_max:
         refuse(f"config.json has {len(data)} bytes, at most {limits.config_bytes_max} are allowed")
-    fields = _Fields(parse_json(data, "config.json"))
+    fields = Fields(parse_json(data, "config.json"))
     family = fields.take("model_type", None)
     if not isinstance(family, str) or family not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
@@ -83,129 +71,14 @@ def parse_config(data: bytes) -> ModelConfig:
     return config
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """One JSON object without repeated keys or non-finite numbers; raises `Refused` (BAD_MODEL)."""
-    try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        refuse(f"{where}: {str(error)[:120]}")
-    if not isinstance(value, dict):
-        refuse(f"{where}: not an object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
-
-
-# Training, generation defaults and bookkeeping: no effect on the logits.
-_INERT = frozenset(
-    {
-        "architectures",
-        "attention_dropout",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "name_or_path",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "_name_or_path",
-        "_commit_hash",
-    }
-)
-
-
-class _Fields:
-    """The fields of one JSON object; what is never taken and not inert is refused."""
-
-    def __init__(self, fields: Mapping[str, Any], where: str = "config.json") -> None:
-        self._left = dict(fields)
-        self._where = where
-
-    def take(self, name: str, default: Any) -> Any:
-        return self._left.pop(name, default)
-
-    def has(self, name: str) -> bool:
-        return self._left.get(name) is not None
-
-    def refuse(self, name: str, why: str) -> NoReturn:
-        refuse(f"{self._where}: {name} {why}", field=name)
-
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        value = _first(self.take(name, None), default)
-        if type(value) is not int or not low <= value <= high:
-            self.refuse(name, f"is {_show(value)}, expected a whole number from {low} to {high}")
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
-        value = _first(self.take(name, None), default)
-        if type(value) not in (int, float) or not low <= value <= high:
-            self.refuse(name, f"is {_show(value)}, expected a number from {low:g} to {high:g}")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.take(name, default)
-        if type(value) is not bool:
-            self.refuse(name, f"is {_show(value)}, expected true or false")
-        return value
-
-    def only(self, name: str, allowed: object, default: object) -> None:
-        value = self.take(name, default)
-        if type(value) is not type(allowed) or value != allowed:
-            self.refuse(name, f"is {_show(value)}, this version computes only {allowed!r}")
-
-    def nested(self, name: str) -> "_Fields | None":
-        value = self.take(name, None)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            self.refuse(name, "is not an object")
-        return _Fields(value, f"{self._where}: {name}")
-
-    def check_rest(self) -> None:
-        for name, value in self._left.items():
-            if name not in _INERT and value is not None:
-                self.refuse(
-                    ascii(name[:80]), "is unknown to this version and may change the mathematics"
-                )
-
-
-def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _show(value: object) -> str:
-    return "missing" if value is None else repr(value)[:40]
-
-
-def _mixtral(fields: _Fields) -> ModelConfig:
+def _mixtral(fields: Fields) -> ModelConfig:
     window = fields.take("sliding_window", None)
     return _common(
         fields, "mixtral", windows=lambda layers: (_window(fields, window),) * layers, theta=1e6
     )
 
 
-def _gpt_oss(fields: _Fields) -> ModelConfig:
+def _gpt_oss(fields: Fields) -> ModelConfig:
     window = fields.take("sliding_window", 128)
     types = fields.take("layer_types", None)
     if not fields.has("rope_parameters") and not fields.has("rope_scaling"):
@@ -219,7 +92,7 @@ def _gpt_oss(fields: _Fields) -> ModelConfig:
             fields.refuse("layer_types", f"does not list {layers} layers")
         for kind in kinds:
             if kind not in ("sliding_attention", "full_attention"):
-                fields.refuse("layer_types", f"has {_show(kind)}")
+                fields.refuse("layer_types", f"has {show(kind)}")
         size = _window(fields, window)
         if size is None and "sliding_attention" in kinds:
             fields.refuse("sliding_window", "is missing, but layer_types asks for it")
@@ -235,7 +108,7 @@ def _gpt_oss(fields: _Fields) -> ModelConfig:
 
 
 def _common(
-    fields: _Fields,
+    fields: Fields,
     family: Family,
     *,
     windows: Callable[[int], tuple[int | None, ...]],
@@ -254,7 +127,7 @@ def _common(
         fields.refuse("head_dim", f"is missing and {heads} heads do not divide {hidden}")
     head_dim = hidden // heads if head_dim is None else head_dim
     if type(head_dim) is not int or not 2 <= head_dim <= 4096 or head_dim % 2:
-        fields.refuse("head_dim", f"is {_show(head_dim)}, expected an even number from 2 to 4096")
+        fields.refuse("head_dim", f"is {show(head_dim)}, expected an even number from 2 to 4096")
     experts = fields.integer("num_local_experts", 1, limits.experts_per_layer_max)
     positions = fields.integer("max_position_embeddings", 1, 1 << 30)
     return ModelConfig(
@@ -280,21 +153,13 @@ def _common(
     )
 
 
-def token_ids(value: object, where: str) -> tuple[int, ...]:
-    """One token id, a list of them, or null, as a tuple; raises `Refused` (BAD_MODEL)."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(one) is not int or not 0 <= one < limits.vocab_max for one in ids):
-        refuse(f"{where} is {_show(value)}, expected token ids")
-    return tuple(ids)
-
-
-def _window(fields: _Fields, value: object) -> int | None:
+def _window(fields: Fields, value: object) -> int | None:
     if value is not None and (type(value) is not int or not 1 <= value <= 1 << 30):
-        fields.refuse("sliding_window", f"is {_show(value)}, expected a positive whole number")
+        fields.refuse("sliding_window", f"is {show(value)}, expected a positive whole number")
     return value
 
 
-def _rope(fields: _Fields, theta: float, positions: int) -> Rope:
+def _rope(fields: Fields, theta: float, positions: int) -> Rope:
     """Reads `rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
     outer = fields.number("rope_theta", 2.0, 1e12, theta)
     named, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
@@ -311,11 +176,11 @@ def _rope(fields: _Fields, theta: float, positions: int) -> Rope:
         rope.check_rest()
         return Rope(theta)
     if kind != "yarn":
-        rope.refuse("rope_type", f"is {_show(kind)}, this version computes 'default' and 'yarn'")
+        rope.refuse("rope_type", f"is {show(kind)}, this version computes 'default' and 'yarn'")
     factor = rope.number("factor", 1.0, 1e6)
     attention = rope.take("attention_factor", None)
     if attention is not None and (type(attention) not in (int, float) or not 0 < attention < 1e3):
-        rope.refuse("attention_factor", f"is {_show(attention)}")
+        rope.refuse("attention_factor", f"is {show(attention)}")
     read = Rope(
         theta=theta,
         factor=factor,
@@ -331,7 +196,7 @@ def _rope(fields: _Fields, theta: float, positions: int) -> Rope:
     return read
 
 
-_FAMILIES: dict[str, Callable[[_Fields], ModelConfig]] = {
+_FAMILIES: dict[str, Callable[[Fields], ModelConfig]] = {
     "mixtral": _mixtral,
     "gpt_oss": _gpt_oss,
 }

@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 
 from blyan_node.moe.checkpoint import INDEX_FILE, SINGLE_FILE
-from blyan_node.moe.config import ModelConfig, refuse
+from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.layout import TensorLayout, layout, sources
 from blyan_node.moe.safetensors_file import header_bytes, write_whole
+from blyan_node.moe.strict_json import refuse
 from protocols.ids import Subject
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blyan_node.moe.config import parse_json, refuse
+from blyan_node.moe.strict_json import parse_json, refuse
 from protocols import limits
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 

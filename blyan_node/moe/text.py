@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from blyan_node.moe.chat import chat_template
-from blyan_node.moe.config import parse_json, refuse, token_ids
+from blyan_node.moe.strict_json import parse_json, refuse, token_ids
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
 

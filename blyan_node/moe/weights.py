@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from blyan_node.moe.config import refuse
 from blyan_node.moe.layout import SubjectLayout
+from blyan_node.moe.strict_json import refuse
 from protocols.ids import Subject
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 

@@ -100,7 +100,7 @@ def _engine(path: Path) -> tuple[Engine, list[Tensor]]:
     return Engine(checkpoint.config, checkpoint.load), logits
 
 
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(cuts=st.lists(st.integers(0, 70), max_size=8), seed=st.integers(0, 2**32), data=st.data())
 def test_any_composition_equals_the_reference(
     shared: dict[str, Path], cuts: list[int], seed: int, data: st.DataObject
