@@ -115,7 +115,7 @@ def parse_subject(text: str) -> SubjectName:
         layer, kind, expert = match.groups()
         if kind is None:
             return SubjectName("expert", int(layer), int(expert))
-        return SubjectName(kind, int(layer))
+        return SubjectName(kind, int(layer))  # type: ignore[arg-type]
     raise RemoteProtocolError("subject", f"{text[:80]!r} names no part of a model")
 
 

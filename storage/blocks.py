@@ -60,8 +60,8 @@ class Blocks:
 
     def is_accepted(self, id: BlockId, /) -> bool:
         """Whether the block is in the log."""
-        kept = self.kept(id)
-        return kept is not None and kept.seq > 0
+        value = self._engine.get(keys.BLOCK.key(id))
+        return value is not None and read_seq(id, value) > 0
 
     def manifest(self, id: ManifestId, /) -> Manifest | None:
         """A manifest, checked against its id; None if it is not here. Raises `Corrupt`."""
@@ -148,8 +148,12 @@ class Blocks:
         manifests: Iterable[ManifestRow] = (),
         *,
         release_subjects: Releases | None = None,
+        sync: bool = True,
     ) -> None:
-        """Keeps blocks without accepting them; those that are here already are left alone."""
+        """Keeps blocks without accepting them; those that are here already are left alone.
+
+        Without `sync`, what a peer would send again is durable with the next write that syncs.
+        """
         with self._index.lock:
             new = {b.id: b for b in blocks if self._engine.get(keys.BLOCK.key(b.id)) is None}
             rows: list[Row] = []
@@ -159,7 +163,7 @@ class Blocks:
             rows += self._bodies(new.values(), manifests, release_subjects or {})
             counters = self._index.counters
             after = counters._replace(staged=counters.staged + len(new))
-            self._index.commit(rows, counters=after)
+            self._index.commit(rows, counters=after, sync=sync)
 
     def unstage(self, ids: Sequence[BlockId]) -> None:
         """Forgets staged blocks; their chunks are left to the garbage collector."""
@@ -237,19 +241,28 @@ def pack_block(block: Block, seq: int) -> bytes:
 
 def read_block(id: BlockId, value: bytes) -> Kept:
     """The inverse of `pack_block`; raises `Corrupt` if any bit of it has changed."""
-    what = f"block {cid_text(id)} is damaged"
-    if len(value) < keys.BLOCK_VALUE.size:
-        raise Corrupt(what, "it is cut short", block=cid_text(id))
-    crc, seq = keys.BLOCK_VALUE.unpack_from(value)
-    if zlib.crc32(memoryview(value)[4:]) != crc:
-        raise Corrupt(what, "its checksum does not hold", block=cid_text(id))
+    seq = read_seq(id, value)
     try:
         block = Block.decode(memoryview(value)[keys.BLOCK_VALUE.size :])
     except RemoteProtocolError as error:
-        raise Corrupt(what, str(error), block=cid_text(id)) from None
+        raise _damaged(id, str(error)) from None
     if block.id != id:
-        raise Corrupt(what, "its bytes do not have its id", block=cid_text(id))
+        raise _damaged(id, "its bytes do not have its id")
     return Kept(block, seq)
+
+
+def read_seq(id: BlockId, value: bytes) -> int:
+    """A stored block's place in the log; raises `Corrupt` if the checksum does not hold."""
+    if len(value) < keys.BLOCK_VALUE.size:
+        raise _damaged(id, "it is cut short")
+    crc, seq = keys.BLOCK_VALUE.unpack_from(value)
+    if zlib.crc32(memoryview(value)[4:]) != crc:
+        raise _damaged(id, "its checksum does not hold")
+    return int(seq)
+
+
+def _damaged(id: BlockId, why: str) -> Corrupt:
+    return Corrupt(f"block {cid_text(id)} is damaged", why, block=cid_text(id))
 
 
 def accepted_rows(block: Block, seq: int) -> list[Row]:

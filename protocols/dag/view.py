@@ -111,13 +111,17 @@ class MemoryView:
 
 
 class Overlay:
-    """`under` with more blocks: staged ones, and ones that count as accepted."""
+    """`under` with more blocks: staged ones, and ones that count as accepted.
+
+    What `under` says of a block is remembered: a batch asks for the same parents again and again.
+    """
 
     def __init__(
         self, under: ChainView, *, staged: Iterable[Block] = (), accepted: Iterable[Block] = ()
     ) -> None:
         self._under = under
         self._blocks: dict[BlockId, Block] = {}
+        self._seen: dict[BlockId, Block] = {}
         self._manifests: dict[ManifestId, Manifest] = {}
         self._bodies: dict[BlockId, Mapping[Subject, BlockId]] = {}
         self._accepted: dict[BlockId, Block] = {}
@@ -136,6 +140,7 @@ class Overlay:
     def unstage(self, id: BlockId) -> None:
         """Takes a staged block away; what the view beneath has stays."""
         self._blocks.pop(id, None)
+        self._seen.pop(id, None)
 
     def add_manifest(self, id: ManifestId, manifest: Manifest) -> None:
         """Lays one more manifest over the view."""
@@ -147,7 +152,10 @@ class Overlay:
 
     def block(self, id: BlockId, /) -> Block | None:
         """See `ChainView`."""
-        return self._blocks.get(id) or self._under.block(id)
+        known = self._blocks.get(id) or self._seen.get(id)
+        if known is None and (known := self._under.block(id)) is not None:
+            self._seen[id] = known
+        return known
 
     def is_accepted(self, id: BlockId, /) -> bool:
         """See `ChainView`."""
