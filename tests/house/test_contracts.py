@@ -17,6 +17,7 @@ FORBIDDEN = [
     ("Four floors", "blyan_node/__init__.py", "cli"),
     ("thin client", "cli/__init__.py", "trio"),
     ("do no I/O", "protocols/dag/header.py", "time"),
+    ("no business together", "protocols/experts/__init__.py", "protocols.sync"),
     ("Storage knows no network", "storage/__init__.py", "trio"),
     ("plyvel only", "storage/__init__.py", "plyvel"),
     ("libp2p and multiaddr only", "blyan_node/__init__.py", "libp2p"),
