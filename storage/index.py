@@ -32,9 +32,17 @@ class Index:
         self.counters = Counters() if raw is None else Counters(*keys.COUNTERS_VALUE.unpack(raw))
 
     def commit(
-        self, puts: Iterable[Row], deletes: Sequence[bytes] = (), *, counters: Counters
+        self,
+        puts: Iterable[Row],
+        deletes: Sequence[bytes] = (),
+        *,
+        counters: Counters,
+        sync: bool = True,
     ) -> None:
-        """One durable atomic batch. The caller holds `lock` since it read `self.counters`."""
+        """One atomic batch. The caller holds `lock` since it read `self.counters`.
+
+        Without `sync` a power cut may undo it, but never without undoing what came later.
+        """
         rows = [*puts, (keys.COUNTERS_KEY, keys.COUNTERS_VALUE.pack(*counters))]
-        self.engine.batch(rows, deletes, sync=True)
+        self.engine.batch(rows, deletes, sync=sync)
         self.counters = counters

@@ -221,7 +221,7 @@ class _Session:
         """One batch: the staged blocks with their manifests."""
         if self._unwritten:
             blocks = list(self._unwritten.values())
-            self._store.stage(blocks, self._rows(blocks))
+            self._store.stage(blocks, self._rows(blocks), sync=False)
             self._unwritten.clear()
 
     def accept(self, accepted: Accepted) -> None:
