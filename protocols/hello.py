@@ -8,9 +8,9 @@ Non-goals: authentication (Noise has done it), catching up (`/blyan/sync/1` does
 
 Sequence: the dialler opens a stream and sends its `Hello`; the listener answers with its own. Each
 side judges the other's with `judge`; where they do not fit, each logs why in one line and the
-connection is closed. Later the same stream carries a pair of `Still` every `still_every_s`, by which
-round trip and log length stay fresh and a dead link is noticed, and a pair of hellos every
-`hello_every_s`, by which addresses do.
+connection is closed. Later the same stream carries a pair of `Still` every `still_every_s`, by
+which round trip and log length stay fresh and a dead link is noticed. A further pair of hellos
+follows every `hello_every_s`, and when the two count different numbers of peers.
 
 Limits: `hello_bytes_max` a message, `hello_addrs_max` addresses of one node, `hello_peers_max`
 peers told about. An address longer than `addr_bytes_max` is malformed.
@@ -63,10 +63,15 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Still(msgspec.Struct, frozen=True, kw_only=True):
-    """A sign of life; `rtt_us` is the round trip that its sender measured last, 0 if none."""
+    """A sign of life; `rtt_us` is the round trip that its sender measured last, 0 if none.
+
+    `peers` counts the sender's peers: where the two counts differ, one of them may know somebody
+    whom the other does not, and the dialler sends a hello next.
+    """
 
     summary: HelloSummary
     rtt_us: int
+    peers: int
 
 
 MESSAGES = Messages(PROTOCOL)

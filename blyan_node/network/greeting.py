@@ -34,6 +34,8 @@ from protocols.limits import hello_every_s, hello_s_max, silence_s_max, still_ev
 
 log = logging.getLogger("blyan.network")
 
+_PAUSE_S_MIN = 1.0
+
 __all__ = ["MESSAGES", "PROTOCOL", "Greeted", "Greeting"]
 
 
@@ -43,6 +45,7 @@ class Greeted:
 
     passed: Callable[[Peer], None]
     misfit: Callable[[PeerId], None]
+    learnt: Callable[[], None]
 
 
 class Greeting:
@@ -89,7 +92,7 @@ class Greeting:
         self._table.heard(peer, trio.current_time(), message.summary)
         if message.rtt_us:
             self._table.measured(peer, message.rtt_us / 1000)
-        return Still(summary=self._summary(), rtt_us=0)
+        return self._still(0)
 
     async def begin(self, peer: PeerId) -> None:
         """The dialler's side: says hello; raises as `request` does if that fails."""
@@ -117,32 +120,49 @@ class Greeting:
                 self._book.learn(PeerId(known.peer_id), dialable_ones(known.addrs), now)
         if new := self._table.add(peer, hello, unix_s=time.time(), now=now):
             self.greeted.passed(new)
+        self.greeted.learnt()
         return True
 
     async def keep(self, peer: PeerId) -> None:
         """The dialler's side, until the peer is gone."""
-        last_hello, rtt_us = trio.current_time(), 0
+        last_hello, rtt_us, hello_is_due = trio.current_time(), 0, False
+        await trio.sleep(_PAUSE_S_MIN)  # much may have changed since the hello was written
         while peer in self._table:
-            await trio.sleep(still_every_s)
             began = trio.current_time()
             try:
-                if began - last_hello >= hello_every_s:
-                    last_hello = began
+                if hello_is_due or began - last_hello >= hello_every_s:
+                    last_hello, hello_is_due = began, False
                     await self.begin(peer)
+                    await self._pause()
                     continue
-                still = Still(summary=self._summary(), rtt_us=rtt_us)
+                still = self._still(rtt_us)
                 reply = await self._network.request(peer, PROTOCOL, still, timeout_s=still_every_s)
-            except RequestTimeout:
-                continue  # `silent` counts
-            except PeerGone:
-                continue  # the stream ended; if the connection did too, the loop ends
+            except (RequestTimeout, PeerGone):
+                await self._pause()  # `silent` counts, and the loop ends with the connection
+                continue
             except (PeerRefused, RemoteProtocolError) as error:
                 self._network.penalise(peer, error)
+                await self._pause()
                 continue
             now = trio.current_time()
             rtt_us = int(1e6 * (now - began))
             self._table.measured(peer, 1000 * (now - began))
-            self._table.heard(peer, now, reply.summary if isinstance(reply, Still) else None)
+            if isinstance(reply, Still):
+                self._table.heard(peer, now, reply.summary)
+                hello_is_due = reply.peers != len(self._table)
+            if not hello_is_due:
+                await self._pause()
+
+    async def _pause(self) -> None:
+        """Until the next sign of life is due; soon, if we have a peer more or less."""
+        before = len(self._table)
+        for _ in range(int(still_every_s / _PAUSE_S_MIN)):
+            await trio.sleep(_PAUSE_S_MIN)
+            if len(self._table) != before:
+                return
+
+    def _still(self, rtt_us: int) -> Still:
+        return Still(summary=self._summary(), rtt_us=rtt_us, peers=len(self._table))
 
     def silent(self) -> list[PeerId]:
         """The peers that have given no sign of life for too long."""

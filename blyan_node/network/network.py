@@ -95,7 +95,7 @@ class Network:
         self._providers = Providers(self._host)
         self._dialer = Dialer(self._swarm, self._book, self._all_connected, self.admits)
         self._greeting = Greeting(self, config, hello_summary, self._table, self._book)
-        self._greeting.greeted = Greeted(self._passed, self._misfit)
+        self._greeting.greeted = Greeted(self._passed, self._misfit, self._dialer.wake)
         self._events = Fanout[PeerEvent]()
         self._changed = trio.Event()
         self._keeping: set[PeerId] = set()
@@ -316,7 +316,6 @@ class Network:
         self._events.put(PeerUp(peer))
         log.info("peer %s up, role %s", peer.peer_id, peer.role, extra={"peer": peer.peer_id})
         self._tell_change()
-        self._dialer.wake()
         if self._nursery is not None:
             addrs = [addr.rpartition("/p2p/")[0] for addr in peer.addrs]
             self._nursery.start_soon(self._providers.met, peer.peer_id, addrs)

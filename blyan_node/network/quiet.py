@@ -18,7 +18,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 def quiet_libp2p() -> None:
     """Silences the library; safe to call again."""
-    for name in ("libp2p", "libp2p.network.auto_connector"):  # the latter sets its own level
+    for name in ("libp2p", "libp2p.network.auto_connector", "multiaddr"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     root = logging.getLogger()
     if _is_ours not in root.filters:
