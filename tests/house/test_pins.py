@@ -1,7 +1,7 @@
 """The pins and ranges say the same, and torch is pinned for every index alike."""
 
 import tomllib
-from importlib.metadata import distributions
+from importlib.metadata import requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -32,7 +32,24 @@ def test_every_range_has_a_pin_inside_it() -> None:
             assert requirement.specifier.contains(pin.version), requirement
 
 
-def test_everything_installed_is_pinned() -> None:
-    tools = {"blyan-node", "pip", "setuptools", "wheel"}
-    installed = {canonicalize_name(item.name) for item in distributions()}
-    assert installed - tools - set(_pins()) == set()
+def _needs(name: str, extras: set[str], found: dict[str, str]) -> None:
+    """Adds what a distribution and these extras of it need, and what that needs, to `found`."""
+    for line in requires(name) or ():
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in extras or {""}):
+            continue
+        needed = canonicalize_name(requirement.name)
+        if needed not in found and needed != "blyan-node":
+            found[needed] = version(needed)
+            _needs(needed, requirement.extras, found)
+
+
+def test_everything_that_we_need_is_here_at_its_pin() -> None:
+    needed: dict[str, str] = {}
+    _needs("blyan-node", {"demo", "test", "dev"}, needed)
+    assert {"torch", "fastecdsa", "pytest"} <= needed.keys()
+    pins = _pins()
+    for name, installed in needed.items():
+        assert name in pins, f"{name} {installed} is not in constraints.txt"
+        assert pins[name].specifier.contains(installed), f"{name} {installed} is here"
