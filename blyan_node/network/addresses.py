@@ -46,7 +46,7 @@ def parse_listen(text: str) -> str:
         plain = f"/ip{ipaddress.ip_address(host).version}/{host}/tcp/{port}"
     except ValueError:
         plain, port = "", 0
-    if text != plain or not 0 <= port < 65536:
+    if not text or text != plain or not 0 <= port < 65536:
         raise Refused(
             ErrorCode.BAD_INPUT,
             "not an address to listen on",

@@ -28,9 +28,10 @@ class Scores:
 
     def hurt(self, peer: PeerId, penalty: float, now: float) -> bool:
         """Takes score away; True if this is what got `peer` banned."""
-        self._forget_old(now)
         value = self.score(peer, now) + penalty
+        self._scores.pop(peer, None)
         self._scores[peer] = (value, now)
+        self._forget_old(now)
         if value > score_ban or self.banned(peer, now):
             return False
         self._banned_until[peer] = now + ban_s
@@ -42,10 +43,8 @@ class Scores:
         return self._banned_until.get(peer, now) > now
 
     def _forget_old(self, now: float) -> None:
-        if len(self._scores) > 4 * peers_max:
-            self._scores = {
-                peer: kept for peer, kept in self._scores.items() if self.score(peer, now) < -1
-            }
+        if len(self._scores) > 4 * peers_max:  # the one that was hurt longest ago
+            del self._scores[next(iter(self._scores))]
         for peer in [p for p, until in self._banned_until.items() if until <= now]:
             del self._banned_until[peer]
 

@@ -79,7 +79,7 @@ async def attacker(victim: Network, *, plaintext: bool = False) -> AsyncIterator
     keys = create_new_key_pair()
     noise = NoiseTransport(keys, noise_privkey=create_noise_key().private_key)
     offered = {PLAINTEXT_PROTOCOL_ID: InsecureTransport(keys)} if plaintext else {NOISE: noise}
-    host = new_host(key_pair=keys, sec_opt=offered)  # type: ignore[arg-type]
+    host = new_host(key_pair=keys, sec_opt=offered)
     async with background_trio_service(host.get_network()):
         info = info_from_p2p_addr(Multiaddr(victim.addrs[0]))
         try:
@@ -88,6 +88,7 @@ async def attacker(victim: Network, *, plaintext: bool = False) -> AsyncIterator
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
                 for conn in host.get_network().get_connections():
+                    assert isinstance(conn.muxed_conn, Yamux)
                     await conn.muxed_conn.secured_conn.close()
 
 
