@@ -115,13 +115,15 @@ class PeerNetwork(Protocol):
         """Registers, before `run`, who answers requests on `protocol`.
 
         The handler may raise `Refused` (the asker sees `PeerRefused`) or `RemoteProtocolError`
-        (the asker loses score). At most `handlers_per_peer_max` run for one peer at a time.
+        (the asker loses score), and is cancelled when the asker cancels or its stream ends. At most
+        `handlers_per_peer_max` run for one peer at a time. Anything else that it raises is a bug
+        and stops the node.
         """
 
     async def request(
         self, peer: PeerId, protocol: str, message: object, *, timeout_s: float = request_s_max
     ) -> Any:
-        """Asks and waits for the reply.
+        """Asks and waits for the reply; `protocol` must be one that is handled here too.
 
         Raises `PeerGone`, `RequestTimeout`, `PeerRefused` or `RemoteProtocolError`. Cancelling it
         tells the peer, and drops the reply.

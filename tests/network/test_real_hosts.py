@@ -192,3 +192,156 @@ async def test_a_wrong_network_is_said_on_both_sides(caplog: pytest.LogCaptureFi
     assert len(lines) == 2, lines
     assert any("'elsewhere'" in line and "we to 'loopback'" in line for line in lines)
     assert any("'loopback'" in line and "we to 'elsewhere'" in line for line in lines)
+
+
+@trio_test
+async def test_providers_are_found_through_others_and_asked_for_anew() -> None:
+    alice = node(1)
+    async with running(alice) as nursery:
+        bob, carol = node(2, alice.addrs[0]), node(3, alice.addrs[0])
+        for net in (bob, carol):
+            await nursery.start(net.run)
+        with trio.fail_after(15):
+            while not all(len(net.peers) == 2 for net in (alice, bob, carol)):
+                await trio.sleep(0.05)
+        keys = [cid(b"model %d" % i) for i in range(2)]
+        await bob.provide(keys[0])
+        with trio.fail_after(20):
+            while await carol.find_providers(keys[0]) != [bob.peer_id]:
+                await trio.sleep(0.2)
+            await carol.provide(keys[0])
+            while set(await alice.find_providers(keys[0])) != {bob.peer_id, carol.peer_id}:
+                await trio.sleep(0.2)
+        assert await bob.find_providers(keys[0]) == [carol.peer_id]
+        assert await alice.find_providers(keys[1]) == []
+        bob.withdraw(keys[0])
+
+
+@pytest.mark.slow
+@trio_test
+async def test_more_provides_than_others_accept_at_once_all_arrive() -> None:
+    async with pair() as (alice, bob, _):
+        keys = [cid(b"many %d" % i) for i in range(13)]
+        for key in keys:
+            await alice.provide(key)
+        with trio.fail_after(40):
+            for key in keys:
+                while await bob.find_providers(key) != [alice.peer_id]:
+                    await trio.sleep(0.3)
+
+
+@trio_test
+async def test_a_port_that_is_taken_is_said() -> None:
+    alice = node(1)
+    async with running(alice):
+        port = alice.addrs[0].split("/")[4]
+        config = NetworkConfig(
+            NETWORK, "loopback", "main", "0", "test", listen=(f"/ip4/127.0.0.1/tcp/{port}",)
+        )
+        bob = Network(Identity.from_seed(bytes(32)), config)
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await bob.run()
+        assert raised.group_contains(Refused, match="cannot listen on .*already in use")
+
+
+@trio_test
+async def test_more_connections_over_time_than_there_are_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("blyan_node.network.host.peers_max", 4)
+    alice = node(1)
+    async with running(alice):
+        port = int(alice.addrs[0].split("/")[4])
+        for i in range(2, 9):
+            async with running(node(i, alice.addrs[0])):
+                with trio.fail_after(10):
+                    while len(alice.peers) != 1:
+                        await trio.sleep(0.02)
+            with trio.fail_after(10):
+                while alice.peers:
+                    await trio.sleep(0.02)
+        for _ in range(6):
+            await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+        async with running(node(9, alice.addrs[0])):
+            with trio.fail_after(10):
+                while len(alice.peers) != 1:
+                    await trio.sleep(0.02)
+
+
+@trio_test
+async def test_a_cancelled_request_frees_its_handler_and_the_channel_goes_on() -> None:
+    alice, bob = node(1), node(2)
+    began, ended = trio.Event(), trio.Event()
+
+    async def waits(peer: PeerId, message: Echo) -> object:
+        began.set()
+        try:
+            return await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    waiting = Messages("/blyan/wait/1")
+    waiting.register(1, Echo, bytes_max=3_000_000)
+    for net in (alice, bob):
+        net.handle("/blyan/wait/1", waiting, waits)
+    async with running(alice, bob) as nursery:
+        await alice.connect(bob.addrs[0])
+        scope = trio.CancelScope()
+
+        async def asks() -> None:
+            with scope:
+                await alice.request(bob.peer_id, "/blyan/wait/1", Echo("x", bytes(1_000_000)))
+
+        nursery.start_soon(asks)
+        with trio.fail_after(5):
+            await began.wait()
+            scope.cancel()
+            await ended.wait()
+        for _ in range(100):  # more than may be in flight
+            with trio.move_on_after(0.01):
+                await alice.request(bob.peer_id, "/blyan/wait/1", Echo("y"))
+        assert (await alice.request(bob.peer_id, ECHO, Echo("ok"))).text == "OK"
+
+
+@trio_test
+async def test_a_protocol_that_only_one_side_speaks() -> None:
+    alice, bob = node(1), node(2)
+    alice.handle("/blyan/alone/1", MESSAGES, echo)
+    async with running(alice, bob):
+        await alice.connect(bob.addrs[0])
+        with pytest.raises(PeerRefused, match="not spoken"):
+            await alice.request(bob.peer_id, "/blyan/alone/1", Echo("x"))
+        assert bob.peer_id in alice.peers
+
+
+@trio_test
+async def test_a_bug_in_a_handler_stops_the_node_loudly() -> None:
+    alice, bob = node(1), node(2)
+
+    async def buggy(peer: PeerId, message: Echo) -> Echo:
+        raise ZeroDivisionError
+
+    for net in (alice, bob):
+        net.handle("/blyan/buggy/1", MESSAGES, buggy)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        async with running(alice, bob):
+            await alice.connect(bob.addrs[0])
+            with pytest.raises(PeerGone):
+                await alice.request(bob.peer_id, "/blyan/buggy/1", Echo("x"))
+            await trio.sleep(5)
+    assert raised.group_contains(ZeroDivisionError)
+
+
+@trio_test
+async def test_connecting_to_nobody() -> None:
+    alice = node(1)
+    stranger = Identity.from_seed(bytes([9]) * 32).peer_id
+    async with running(alice):
+        with pytest.raises(PeerGone, match="tcp/1"):
+            await alice.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{stranger}")
+        port = alice.addrs[0].split("/")[4]
+        bob = node(2)
+        async with running(bob):
+            with pytest.raises(PeerGone):  # somebody else answers there
+                await bob.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{stranger}")
+            assert stranger not in bob.peers
