@@ -36,7 +36,7 @@ model_file_bytes_max = 64 * MIB
 disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it has taken
 ingest_batch_bytes = 8 * MIB
 ingest_batches_waiting_max = 2
-ingest_unsynced_bytes_max = 256 * MIB  # what is hashed again after a crash in a publish
+ingest_unsynced_bytes_max = 512 * MIB  # what is hashed again after a crash in a publish
 
 # Model directories and configurations
 config_bytes_max = MIB
@@ -138,6 +138,7 @@ activation_rows_max = 256
 activation_bytes_max = 3 * MIB
 activation_s_max = 30
 worker_queue_requests_max = 256
+worker_queue_bytes_max = 128 * MIB
 worker_batch_rows_max = 1_024
 
 # Retries and hedging of activations
@@ -146,6 +147,7 @@ hedge_latencies = 4
 hedge_budget_max = 8.0
 hedge_budget_per_message = 0.1
 suspect_s = 10.0
+links_max = 1_024
 busy_backoff_s = 0.02
 busy_s_max = 10.0
 holder_wait_s_max = 5.0
@@ -196,6 +198,7 @@ assert sync_headers_max * signed_header_bytes_max < message_bytes_max
 assert activation_bytes_max + 256 * KIB < message_bytes_max
 assert hedge_s_min * 2 < 2  # one hedge that is answered keeps a token's gap under 2 s
 assert activation_s_max <= request_s_max
+assert message_bytes_max < worker_queue_bytes_max
 assert (hello_peers_max + 1) * (hello_addrs_max * (addr_bytes_max + 2) + 96) < hello_bytes_max
 assert rpc_batch_max <= rpc_in_flight_max
 assert prompt_bytes_max < rpc_line_bytes_max < rpc_output_bytes_max < rpc_reply_bytes_max

@@ -131,7 +131,12 @@ class Adverts:
 
     def _sign(self) -> SignedAdvert:
         self._seq = max(self._seq + 1, self._clock_ms())
-        models = () if self._stopped else pack_held(self._held.advertised())
+        held = [] if self._stopped else sorted(self._held.advertised())
+        while (signed := self._sign_held(held)).size > limits.advert_bytes_max:
+            held = held[: len(held) * 3 // 4]  # what an advert cannot say is not offered
+        return signed
+
+    def _sign_held(self, held: Iterable[HeldExpert]) -> SignedAdvert:
         return SignedAdvert.create(
             Advert(
                 net=self.config.network,
@@ -143,7 +148,7 @@ class Adverts:
                 auto=self.config.auto,
                 queue=self._queue_length(),
                 memory_free=max(0, self._held.memory_free),
-                models=models,
+                models=pack_held(held),
             ),
             self._identity,
         )

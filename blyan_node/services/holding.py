@@ -211,18 +211,21 @@ class Holding:
     async def _load_stored(self, block: BlockId, reason: Reason) -> None:
         what = self._name(block)
         description = await self._models.describe(what.model)
+        config = description.config
+        if what.layer >= config.layers or what.expert >= config.experts:
+            raise _not_an_expert(block)
         size = self.size_of(block)
         if not self.make_room(size):
             raise NoRoom(block, size, self.memory.free)
 
         def read() -> Expert:
-            return Expert(description.config, self._store.pack(block).tensors)
+            return Expert(config, self._store.pack(block).tensors)
 
         expert = await trio.to_thread.run_sync(read, limiter=self._limiter)
         if not self.make_room(expert.bytes):
             raise NoRoom(block, expert.bytes, self.memory.free)
         self.memory.experts += expert.bytes
-        self._held[block] = Held(what, expert, description.config.hidden, expert.bytes, reason)
+        self._held[block] = Held(what, expert, config.hidden, expert.bytes, reason)
         log.info("loaded layer %d expert %d (%s)", what.layer, what.expert, reason.value)
 
     def _name(self, block: BlockId) -> HeldExpert:
@@ -232,10 +235,14 @@ class Holding:
             subject = parse_subject(known.header.subject)
             if subject.layer is not None and subject.expert is not None:
                 return HeldExpert(known.header.model, subject.layer, subject.expert, block)
-        raise Refused(
-            ErrorCode.NOT_FOUND,
-            "this block cannot be held",
-            "it is not an expert that this node knows",
-            "`blyan-node expert list` shows the experts.",
-            {"block": cid_text(block)},
-        )
+        raise _not_an_expert(block)
+
+
+def _not_an_expert(block: BlockId) -> Refused:
+    return Refused(
+        ErrorCode.NOT_FOUND,
+        "this block cannot be held",
+        "it is not an expert of a model that this node knows",
+        "`blyan-node expert list` shows the experts.",
+        {"block": cid_text(block)},
+    )

@@ -69,7 +69,7 @@ class _Here:
 
 @dataclass(frozen=True)
 class _Again:
-    """A holder has appeared for a need that nobody could serve."""
+    """A need that could not be served so far is to be tried elsewhere."""
 
     need: Need
 
@@ -240,7 +240,7 @@ class _Run:
             await self._put.send(_Here(needs, rows))
             return
         for need in needs:  # dropped a moment ago
-            await self._serve_here(Unserved(need, "no holder"))
+            await self._put.send(_Again(need))
 
     async def _compute_here(self, needs: Sequence[Need]) -> Sequence[Rows] | None:
         """The rows of each need, computed on this node; None if one is not loaded."""

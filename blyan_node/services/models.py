@@ -8,7 +8,8 @@ import trio
 from blyan_node.moe.config import ModelConfig, parse_config
 from blyan_node.moe.text import Text, open_text, stop_ids
 from blyan_node.services.supply import Progress, Supply, silent
-from protocols.ids import BlockId
+from protocols.errors import ErrorCode, Refused
+from protocols.ids import BlockId, cid_text
 from storage.store import Store
 
 descriptions_max = 16
@@ -56,6 +57,14 @@ class Models:
     def _read(self, model: BlockId) -> Description:
         files = {entry.name: b"".join(pieces) for entry, pieces in self._store.read_body(model)}
         block, _ = self._store.body(model)
+        if "config.json" not in files:
+            raise Refused(
+                ErrorCode.BAD_MODEL,
+                "this model cannot be read",
+                "its block has no config.json",
+                "Ask its author to publish it again.",
+                {"model": cid_text(model)},
+            )
         config = parse_config(files["config.json"])
         name = str(block.header.meta["name"])
         return Description(model, name, config, files, open_text(files), stop_ids(files))

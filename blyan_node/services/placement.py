@@ -20,7 +20,7 @@ from blyan_node.services.supply import Progress, Supply, silent
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
 from protocols.experts.placement import Member, Part, Steady, View, plan
-from protocols.ids import BlockId, PeerId, Subject, cid_text, parse_subject
+from protocols.ids import BlockId, PeerId, Subject, cid_text, expert_subject, parse_subject
 from storage.pins import Pin
 from storage.store import Store
 
@@ -82,14 +82,10 @@ class Placement:
 
     async def round(self) -> bool:
         """Plans once and acts; whether there may be more to do at once."""
-        wanted = self._wanted()
-        if self._config.mode == "list":
-            acted = await self._hold(self._listed(), Reason.ORDER)
-        elif self._config.mode == "auto":
-            acted = await self._carry_out(wanted)
-        else:
-            acted = False
-        await self._let_superseded_go(set(wanted))
+        acted = await self._hold(self._ordered(), Reason.ORDER)
+        if self._config.mode == "auto":
+            acted |= await self._carry_out(self._wanted())
+        await self._let_superseded_go()
         return acted
 
     def replicas(self, model: BlockId) -> int:
@@ -161,12 +157,19 @@ class Placement:
             for block in self._experts(model)
         }
 
-    def _listed(self) -> list[BlockId]:
+    def _ordered(self) -> list[BlockId]:
+        """The heads that are not held yet of what is listed or was ordered at an earlier head."""
+        ordered = {
+            (h.what.model, expert_subject(h.what.layer, h.what.expert))
+            for h in self._holding.held()
+            if h.reason is Reason.ORDER
+        }
         return [
             block
             for model in self._chain.models()
             for subject, block in self._chain.heads(model).items()
-            if subject in self._config.subjects and not self._holding.keeps(block)
+            if subject in self._config.subjects or (model, subject) in ordered
+            if not self._holding.keeps(block)
         ]
 
     async def _carry_out(self, wanted: Mapping[BlockId, Part]) -> bool:
@@ -229,11 +232,12 @@ class Placement:
                 self._not_before[block] = trio.current_time() + limits.placement_retry_s
         return held
 
-    async def _let_superseded_go(self, wanted: set[BlockId]) -> None:
-        """Drops what this node took by itself and what no head names any more, after a while."""
+    async def _let_superseded_go(self) -> None:
+        """Drops what no head names any more, after a while."""
         now = trio.current_time()
-        mine = {h.what.block for h in self._holding.held() if h.reason is Reason.PLACEMENT}
-        gone = (mine | self._before) - wanted
+        heads = {block for model in self._chain.models() for block in self._experts(model)}
+        mine = {held.block for held in self._holding.advertised()}
+        gone = (mine | self._before) - heads
         self._superseded = {block: self._superseded.get(block, now) for block in gone}
         for block, since in list(self._superseded.items()):
             if now - since >= limits.placement_superseded_s:

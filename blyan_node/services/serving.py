@@ -92,7 +92,7 @@ class Serving:
         if missing:
             return NotHeld(missing)
         self._check_fits(message)
-        if len(self._queue) >= self._queue_max:
+        if self._full(message):
             self.busy += 1
             return Busy(len(self._queue))
         rows = np.frombuffer(message.data, "<f4").reshape(message.rows, message.hidden)
@@ -105,6 +105,13 @@ class Serving:
             job.gone = True
         assert job.reply is not None
         return job.reply
+
+    def _full(self, message: Activate) -> bool:
+        """Whether `message` finds no place: too many requests wait, or too many bytes."""
+        if len(self._queue) >= self._queue_max:
+            return True
+        waiting = sum(len(job.asked.data) for job in self._queue)
+        return waiting + len(message.data) > limits.worker_queue_bytes_max
 
     def _check_fits(self, message: Activate) -> None:
         """Whether the experts are of the layer that is named; raises `RemoteProtocolError`."""
@@ -143,9 +150,10 @@ class Serving:
     async def _compute_batch(self, batch: list[Job]) -> None:
         ready = [job for job in batch if not self._lost(job)]
         blocks = sorted({block for job in ready for block, _ in job.asked.experts})
+        if not ready:
+            return
         with self._holding.use(blocks) as held:
-            if not ready or held is None:
-                return
+            assert held is not None, "nothing was dropped since `_lost` looked"
             work = _Batch(ready, dict(zip(blocks, held, strict=True)))
             await trio.to_thread.run_sync(work.compute, limiter=self._compute)
         for job, data in zip(ready, work.results, strict=True):

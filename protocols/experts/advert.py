@@ -160,12 +160,14 @@ class SignedAdvert:
             raise RemoteProtocolError("advert", "signature does not hold")
         return cls(advert, signed.advert, signed.sig)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the wire form; more than `limits.advert_bytes_max` would be refused."""
+        return len(self.encode())
+
     def encode(self) -> bytes:
         """The wire form: canonical msgpack of [advert bytes, signature]."""
-        data = wire.encode(_Signed(self.raw, self.sig))
-        if len(data) > limits.advert_bytes_max:
-            raise RemoteProtocolError("advert", f"{len(data)} bytes, too many for an advert")
-        return data
+        return wire.encode(_Signed(self.raw, self.sig))
 
 
 def _check(advert: Advert) -> None:

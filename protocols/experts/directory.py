@@ -56,11 +56,6 @@ class Directory:
             self.remove(peer)
         return gone
 
-    @property
-    def wake_at(self) -> float | None:
-        """When the next advert expires."""
-        return min((until for _, until in self._adverts.values()), default=None)
-
     def holders(self, block: BlockId) -> Sequence[PeerId]:
         """The peers that hold `block`, in the order of their ids."""
         return sorted(self._holders.get(block, ()))

@@ -54,14 +54,14 @@ class Links:
         self._hedges = limits.hedge_budget_max
 
     def link(self, peer: PeerId) -> Link:
-        """The record of `peer`, made at first use."""
-        return self._links.setdefault(peer, Link())
-
-    def forget(self, peer: PeerId) -> None:
-        """Drops the record of a peer that is gone and has nothing in flight."""
+        """The record of `peer`, made at first use; the oldest idle ones make room."""
         link = self._links.get(peer)
-        if link is not None and not link.rows_in_flight:
-            del self._links[peer]
+        if link is None:
+            if len(self._links) >= limits.links_max:
+                idle = (p for p, known in self._links.items() if not known.rows_in_flight)
+                del self._links[next(idle)]
+            link = self._links[peer] = Link()
+        return link
 
     def expected_s(self, peer: PeerId, rows: int) -> float:
         """How long `rows` rows to `peer` are expected to take, after what is on the way."""

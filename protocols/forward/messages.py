@@ -28,7 +28,6 @@ from protocols.wire import Messages
 PROTOCOL = "/blyan/expert/1"
 REQUEST_ID_BYTES = 16
 FLOAT_BYTES = 4
-hidden_max = 65_536
 
 MESSAGES = Messages(PROTOCOL)
 
@@ -104,7 +103,10 @@ def check_activate(message: Activate) -> None:
         raise refuse(f"layer {message.layer}")
     if len(message.profile.encode()) > limits.profile_bytes_max:
         raise refuse("the numeric profile's name is too long")
-    if not 0 < message.rows <= limits.activation_rows_max or not 0 < message.hidden <= hidden_max:
+    if (
+        not 0 < message.rows <= limits.activation_rows_max
+        or not 0 < message.hidden <= limits.hidden_max
+    ):
         raise refuse(f"{message.rows} rows of {message.hidden}")
     if not 0 < message.within_ms <= limits.activation_s_max * 1000:
         raise refuse(f"deadline of {message.within_ms} ms")

@@ -205,3 +205,16 @@ async def test_broken_gossip_costs_its_sender_and_is_not_spread() -> None:
         await trio.sleep(1)
         assert alice.network.counters.gossip_refused == 1
         assert alice.network.counters.penalties == 1
+
+
+@virtual_time_test
+async def test_what_an_advert_cannot_say_is_left_out() -> None:
+    fabric = Fabric(1)
+    alice, bob = make(fabric, "alice"), make(fabric, "bob")
+    many = [HeldExpert(MODEL, n % 1000, n // 1000, BlockId(cid(b"%d" % n))) for n in range(20_000)]
+    async with running(alice, bob):
+        bob.shelf.put(*many)
+        await trio.sleep(2)
+        told = {held for held, _ in alice.adverts.directory.experts()}
+        assert 10_000 < len(told) < 20_000
+        assert told <= set(many)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import trio
+from safetensors.torch import save_file
 
 from blyan_node.services.holding import Reason
 from blyan_node.services.placement import Placement, PlacementConfig
 from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.reference import open_reference
 from blyan_node.testing.swarm import Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import ErrorCode, Refused
@@ -202,3 +204,29 @@ async def test_a_model_that_may_not_be_taken_is_left_alone(tiny: Path, tmp_path:
         picky = PlacementConfig("auto", 2, may_take=lambda model: False)
         assert not await placement(bob, picky).round()
         assert bob.holding.held() == ()
+
+
+@trio_test
+async def test_what_is_held_follows_its_subject_to_a_new_head(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with placed(tiny, tmp_path, 100 * ONE, "bob", "carol") as story:
+        alice, bob, carol = (story.swarm.nodes[name] for name in ("alice", "bob", "carol"))
+        subject = Subject("layer0.expert1")
+        old = alice.store.heads(story.model)[subject]
+        await story.plans["bob"].hold([old])
+        await carol.holding.keep(old, Reason.PLACEMENT)
+        parts = open_reference(tiny).parts[subject]
+        save_file({name: -tensor for name, tensor in parts.items()}, tmp_path / "new.safetensors")
+        new = (await alice.update(story.model, subject, tmp_path / "new.safetensors")).block
+        lists = [placement(node, PlacementConfig("none", 2)) for node in (bob, carol)]
+        for each in lists:
+            await each.round()
+        assert bob.holding.keeps(new) and bob.holding.keeps(old)
+        assert not carol.holding.keeps(new) and carol.holding.keeps(old)
+        monkeypatch.setattr("protocols.limits.placement_superseded_s", 0.0)
+        for each in lists:
+            await each.round()
+        assert bob.holding.keeps(new) and not bob.holding.keeps(old)
+        assert not carol.holding.keeps(old)
+        assert Pin.HELD not in carol.store.pins.of(old)

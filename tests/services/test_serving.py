@@ -12,8 +12,8 @@ import trio.testing
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.network.errors import PeerRefused
+from blyan_node.services.compute import Rows
 from blyan_node.services.holding import NoRoom, Reason
-from blyan_node.services.serving import Rows
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.swarm import PROFILE, Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
@@ -266,3 +266,13 @@ async def test_only_experts_can_be_held(tiny: Path, tmp_path: Path) -> None:
     async with pair(tiny, tmp_path) as p:
         with pytest.raises(Refused, match="not an expert"):
             await p.bob.holding.keep(p.heads[Subject("final")], Reason.ORDER)
+
+
+@trio_test
+async def test_the_queue_is_bounded_in_bytes_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(tiny, tmp_path) as p:
+        monkeypatch.setattr("protocols.limits.worker_queue_bytes_max", 5 * HIDDEN * 4)
+        assert isinstance(await p.ask(p.message(some_rows(5), 0)), Activated)
+        assert await p.ask(p.message(some_rows(6), 0)) == Busy(0)

@@ -43,13 +43,11 @@ def test_an_advert_expires_by_the_receivers_clock() -> None:
     directory = Directory()
     directory.apply(advert(ALICE, 1, OLD, lifetime_s=20), 100)
     directory.apply(advert(BOB, 1, OLD, lifetime_s=10), 100)
-    assert directory.wake_at == 110
     assert directory.expire(109.9) == []
     assert directory.expire(110) == [BOB.peer_id]
     assert directory.holders(OLD) == [ALICE.peer_id]
     assert directory.expire(120) == [ALICE.peer_id]
     assert directory.holders(OLD) == []
-    assert directory.wake_at is None
 
 
 def test_a_withdrawal_removes_and_older_adverts_do_not_bring_back() -> None:

@@ -76,11 +76,10 @@ def test_hedges_are_a_small_share_of_the_messages() -> None:
     assert sum(links.may_hedge() for _ in range(100)) in (7, 8)
 
 
-def test_a_peer_that_is_gone_is_forgotten_once_nothing_is_in_flight() -> None:
+def test_records_are_bounded_and_those_in_use_stay() -> None:
     links = Links()
     links.sent(BOB, 2)
-    links.forget(BOB)
+    for n in range(limits.links_max + 10):
+        links.measured(PeerId(f"peer{n}"), 1, 9.0)
     assert links.link(BOB).rows_in_flight == 2
-    links.ended(BOB, 2)
-    links.forget(BOB)
-    assert links.link(BOB).rows_in_flight == 0
+    assert links.link(PeerId("peer1")).base_s < 1 < links.link(PeerId("peer1000")).base_s
