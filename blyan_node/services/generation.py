@@ -15,8 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 import trio
 
-from blyan_node.moe.arrays import tensor_of
-from blyan_node.moe.arrays import write_tensors
+from blyan_node.moe.arrays import tensor_of, write_tensors
 from blyan_node.moe.sampling import Sampler
 from blyan_node.services.account import Account
 from blyan_node.services.compute import Rows
