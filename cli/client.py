@@ -39,6 +39,7 @@ class Client:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lines = codec.Lines(limits.rpc_reply_bytes_max)
         self._waiting: list[bytes] = []
+        self._asked = False
         self.interrupted = False
         try:
             self._socket.connect(path)
@@ -73,15 +74,21 @@ class Client:
         Ctrl-C asks the node to end the request and then waits for its answer; a second one gives
         up at once. Raises `Refused` with the node's refusal, `NoNode` when it goes away.
         """
-        try:
-            self._socket.sendall(codec.request(REQUEST_ID, method, params))
-        except OSError as error:
-            raise self._gone(error) from None
         previous = signal.signal(signal.SIGINT, self._interrupt)
         try:
+            self._send(codec.request(REQUEST_ID, method, params))
+            self._asked = True
+            if self.interrupted:
+                self._cancel()
             return self._await_reply(on_note)
         finally:
             signal.signal(signal.SIGINT, previous)
+
+    def _send(self, line: bytes) -> None:
+        try:
+            self._socket.sendall(line)
+        except OSError as error:
+            raise self._gone(error) from None
 
     def _await_reply(self, on_note: Callable[[Note], None]) -> Answer:
         while True:
@@ -98,6 +105,10 @@ class Client:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        if self._asked:
+            self._cancel()
+
+    def _cancel(self) -> None:
         with suppress(OSError):  # the reader notices that the node is gone
             self._socket.sendall(codec.request(CANCEL_ID, "rpc.cancel", {"id": REQUEST_ID}))
 

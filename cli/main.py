@@ -5,7 +5,9 @@ interrupted by Ctrl-C (the node has then ended the request).
 """
 
 import importlib
+import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -17,7 +19,6 @@ from cli.shared import (
     EXIT_USAGE,
     Group,
     tell,
-    wants_json,
 )
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 
@@ -71,33 +72,45 @@ def main() -> None:
     sys.exit(run())
 
 
-def run(arguments: list[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    refused, code = _outcome(given)
+    if refused is not None:
+        # Asked of the words themselves, since they may be what could not be parsed.
+        tell(refused, "--json" in given)
+    return code
+
+
+def _outcome(arguments: list[str]) -> tuple[Refused | None, int]:
+    """What to tell, if it went wrong, and the exit code."""
     try:
         code = root.main(args=arguments, prog_name="blyan-node", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return None, code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return Refused(ErrorCode.INVALID_PARAMS, "a command is missing", ""), EXIT_USAGE
     except click.UsageError as error:
-        return _tell(_usage(error), EXIT_USAGE)
+        return _usage(error), EXIT_USAGE
     except click.ClickException as error:
-        return _tell(Refused(ErrorCode.BAD_INPUT, error.format_message(), ""), EXIT_USAGE)
+        return Refused(ErrorCode.BAD_INPUT, error.format_message(), ""), EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
-        return _tell(Refused(ErrorCode.CANCELLED, "interrupted", ""), EXIT_INTERRUPTED)
+        return Refused(ErrorCode.CANCELLED, "interrupted", ""), EXIT_INTERRUPTED
     except NoNode as error:
         following = "start one with `blyan-node start`, or name its socket with --rpc"
-        return _tell(Refused(ErrorCode.NO_NODE, str(error), "", following), EXIT_NO_NODE)
+        return Refused(ErrorCode.NO_NODE, str(error), "", following), EXIT_NO_NODE
     except Refused as refused:
-        return _tell(refused, EXIT_REFUSED)
+        return refused, EXIT_REFUSED
     except RemoteProtocolError as error:
-        return _tell(
-            Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why), EXIT_USAGE
-        )
+        bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
+        return bad, EXIT_USAGE
     except BrokenPipeError:  # whoever read our output has had enough
-        sys.stderr.close()
-        return EXIT_REFUSED
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None, EXIT_REFUSED
     except OSError as error:
         path = error.filename or "a file"
         reason = error.strerror or str(error)
-        return _tell(Refused(ErrorCode.BAD_INPUT, f"cannot use {path}", reason), EXIT_USAGE)
+        return Refused(ErrorCode.BAD_INPUT, f"cannot use {path}", reason), EXIT_USAGE
 
 
 def _usage(error: click.UsageError) -> Refused:
@@ -108,11 +121,6 @@ def _usage(error: click.UsageError) -> Refused:
         error.format_message(),
         f"`{command} --help` says what it takes",
     )
-
-
-def _tell(refused: Refused, code: int) -> int:
-    tell(refused, wants_json())
-    return code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -85,7 +84,11 @@ def _shared_options() -> list[click.Parameter]:
             help="One JSON document on stdout and nothing else.",
         ),
         click.Option(
-            ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_set, help="Say more."
+            ["-v", "--verbose"],
+            is_flag=True,
+            expose_value=False,
+            callback=_set,
+            help="Say more: what is asked of which node, and what a daemon does.",
         ),
     ]
 
@@ -161,6 +164,8 @@ def ask_gently(
 
     shared = shared_of(click.get_current_context())
     given = checked(method, params)
+    if shared.verbose:
+        click.echo(f"{shared.socket}: {method} {json.dumps(given)[:1000]}", err=True)
     with Client(shared.socket) as client, Progress() as progress:
 
         def heed(note: Note) -> None:
@@ -202,8 +207,3 @@ def tell(refused: Refused, as_json: bool) -> None:
         click.echo(line, err=True)
     if as_json:
         click.echo(telling.document(refused))
-
-
-def wants_json() -> bool:
-    """Whether `--json` was asked for, even where the options could not be parsed."""
-    return "--json" in sys.argv[1:]

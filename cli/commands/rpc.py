@@ -17,13 +17,14 @@ from protocols.rpc.codec import Note
 def rpc(context: click.Context, method: str, params: str) -> int | None:
     """Call any method with a JSON object of parameters; `rpc.discover` lists them."""
     shared = shared_of(context)
+    named = _object(params)
 
     def note_line(note: Note) -> None:
         if not shared.json:
             click.echo(json.dumps({"method": note.method, "params": note.params}), err=True)
 
     with Client(shared.socket) as client:
-        answer = client.call(method, _object(params), note_line)
+        answer = client.call(method, named, note_line)
     click.echo(json.dumps(answer.result, indent=None if shared.json else 2))
     return 130 if answer.interrupted else None
 
