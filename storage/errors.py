@@ -55,8 +55,8 @@ class StoreInUse(Refused):
     def __init__(self, path: str, holder: str) -> None:
         super().__init__(
             ErrorCode.BUSY,
-            f"{path} is in use",
-            f"process {holder} has it open; one home has one daemon",
+            f"{path} is in use by process {holder}, and one home has one daemon",
+            "",
             data={"path": path},
         )
 

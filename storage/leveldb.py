@@ -60,13 +60,8 @@ class LevelDBEngine:
         with self._write:
             if self._failed is not None:
                 raise DiskFull(f"an earlier write failed ({self._failed}); restart the node")
-            batch = self._db.write_batch(sync=sync)
-            for key, value in puts:
-                batch.put(key, value)
-            for key in deletes:
-                batch.delete(key)
             try:
-                batch.write()
+                self._write_rows(puts, deletes, sync)
                 self._make_durable(sync, sum(len(value) for _, value in puts))
             except (plyvel.Error, OSError) as error:
                 self._failed = str(error)
@@ -74,6 +69,17 @@ class LevelDBEngine:
             if deletes and not puts:
                 # Else LevelDB gives the space back at some later time, which may never come.
                 self._db.compact_range(start=min(deletes), stop=max(deletes))
+
+    def _write_rows(self, puts: Sequence[Row], deletes: Sequence[bytes], sync: bool) -> None:
+        if len(puts) == 1 and not deletes:  # copied without the GIL
+            self._db.put(*puts[0], sync=sync)
+            return
+        batch = self._db.write_batch(sync=sync)
+        for key, value in puts:
+            batch.put(key, value)
+        for key in deletes:
+            batch.delete(key)
+        batch.write()
 
     def _make_durable(self, sync: bool, size: int) -> None:
         """Keeps what `sync` promises for the batches before, which LevelDB does not.

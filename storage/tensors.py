@@ -23,7 +23,7 @@ from storage.chunks import Chunks
 
 @dataclass
 class _Batch:
-    chunks: dict[ChunkHash, bytes] = field(default_factory=dict)
+    chunks: list[tuple[ChunkHash, bytes]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     manifests: list[ManifestRow] = field(default_factory=list)
     bytes: int = 0
@@ -33,7 +33,8 @@ class _Batch:
 class Ingest:
     """A context manager; leaving it without an error stores everything or raises what failed.
 
-    `reused_bytes` were stored before, `new_bytes` were not. The garbage collector waits.
+    `reused_bytes` were stored before, `new_bytes` were not; both count what `flush` or leaving has
+    waited for. The garbage collector waits.
     """
 
     def __init__(self, chunks: Chunks, blocks: Blocks, closed: Callable[[], None]) -> None:
@@ -44,7 +45,6 @@ class Ingest:
         self._closed = closed
         self._batch = _Batch()
         self._queue: queue.Queue[_Batch | None] = queue.Queue(limits.ingest_batches_waiting_max)
-        self._waiting: dict[ChunkHash, None] = {}
         self._staged = _Batch()  # blocks whose chunks are not synced yet
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._store_batches, name="ingest", daemon=True)
@@ -75,13 +75,9 @@ class Ingest:
         size = 0
         hashes: list[ChunkHash] = []
         for data in cut(pieces, limits.chunk_bytes):
-            chunk = chunk_hash(data)
-            hashes.append(chunk)
+            hashes.append(chunk_hash(data))
             size += len(data)
-            if chunk in self._waiting or chunk in self._chunks:
-                self.reused_bytes += len(data)
-            else:
-                self._add(chunk, data)
+            self._add(hashes[-1], data)
         return TensorEntry(name, dtype, shape, size, tuple(hashes))
 
     def stage(self, block: Block, manifest_id: ManifestId, manifest: bytes) -> None:
@@ -96,10 +92,8 @@ class Ingest:
         self._raise()
 
     def _add(self, chunk: ChunkHash, data: bytes) -> None:
-        self._waiting[chunk] = None
-        self._batch.chunks[chunk] = data
+        self._batch.chunks.append((chunk, data))
         self._batch.bytes += len(data)
-        self.new_bytes += len(data)
         if self._batch.bytes >= limits.ingest_batch_bytes:
             self._raise()
             self._send()
@@ -130,9 +124,9 @@ class Ingest:
         staged.blocks += batch.blocks
         staged.manifests += batch.manifests
         sync = batch.sync or staged.bytes >= limits.ingest_unsynced_bytes_max
-        self._chunks.put(batch.chunks.items(), sync=sync)
-        for chunk in batch.chunks:
-            self._waiting.pop(chunk, None)
+        new = self._chunks.put(batch.chunks, sync=sync)
+        self.new_bytes += new
+        self.reused_bytes += batch.bytes - new
         if sync:
             if staged.blocks:
                 self._blocks.stage(staged.blocks, staged.manifests)
