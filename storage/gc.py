@@ -4,10 +4,12 @@ Mark and sweep. What a staged or accepted block's manifest names is marked and s
 writing, whose chunks no block names yet, keeps the sweep out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
+from protocols.dag.header import Block
 from protocols.ids import BlockId, ChunkHash, ManifestId
 from storage import keys
+from storage.pins import Pin
 from storage.store import Store
 
 
@@ -40,6 +42,46 @@ def drop_body(store: Store, id: BlockId) -> int:
         store.packs.drop(id)
         own = dict.fromkeys(name for name, _ in manifest.chunks() if name not in others)
         return store.chunks.remove(list(own))
+
+
+def make_room(store: Store, needed: int, keep: Set[BlockId] = frozenset()) -> int:
+    """Frees at least `needed` bytes if it can; how many bytes that were. 0 while somebody writes.
+
+    First what no block names; then bodies that nobody has pinned, which the network has as well:
+    those that are no head any more before those that are. Never the bodies of `keep`.
+    """
+    freed = collect(store)
+    if freed >= needed:
+        return freed
+    with store.no_ingest() as alone:
+        if not alone:
+            return freed
+        victims, kept = _unkept(store, keep)
+        marked = {name for body in kept for name in chunks_of(store, body)}
+        for block in victims:
+            if freed >= needed:
+                break
+            body = block.header.body
+            own = [] if body is None else list(chunks_of(store, body))
+            if own:
+                store.packs.drop(block.id)
+                freed += store.chunks.remove([name for name in own if name not in marked])
+    return freed
+
+
+def _unkept(store: Store, keep: Set[BlockId]) -> tuple[list[Block], set[ManifestId]]:
+    """Blocks whose bodies may go, in the order in which they should, and bodies that stay."""
+    pinned = {id for id, reason in store.pins.every() if reason is not Pin.WANTED} | keep
+    heads = {id for model in store.models() for id in store.heads(model).values()}
+    victims: list[tuple[bool, int, Block]] = []
+    kept: set[ManifestId] = set()
+    for block, seq in store.every():
+        if seq > 0 and block.header.subject is not None and block.id not in pinned:
+            victims.append((block.id in heads, seq, block))
+        elif block.header.body is not None:
+            kept.add(block.header.body)
+    victims.sort(key=lambda victim: victim[:2])
+    return [block for _, _, block in victims], kept
 
 
 def named_chunks(store: Store, *, without: BlockId | None = None) -> set[ChunkHash]:

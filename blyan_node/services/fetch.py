@@ -28,7 +28,8 @@ from protocols.sync.messages import (
     take_chunks,
 )
 from protocols.sync.plan import Assignment, ChunkPlan
-from storage.errors import BlockMissing, Corrupt
+from storage.errors import BlockMissing, Corrupt, DiskFull
+from storage.gc import make_room
 from storage.pins import Pin
 from storage.store import Store
 
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None, str], None]
 Holders = Callable[[BlockId], Iterable[PeerId]]
 MissingOf = dict[BlockId, list[tuple[ChunkHash, int]]]
+
+MAKE_ROOM_CHUNKS = 16  # times what is needed now, so that it is not done for every chunk
 
 
 def silent(done: int, total: int | None, what: str) -> None:
@@ -134,7 +137,13 @@ class Fetch:
     def _keep(self, reply: Chunks, asked: list[tuple[ChunkHash, int]]) -> Answer[ChunkHash]:
         """Verifies and stores what came; raises `RemoteProtocolError`, `DiskFull`."""
         found, absent = take_chunks(reply, asked)
-        self._store.chunks.put(found)
+        try:
+            self._store.chunks.put(found)
+        except DiskFull:
+            needed = sum(len(data) for _, data in found)
+            if make_room(self._store, MAKE_ROOM_CHUNKS * needed, frozenset(self._busy)) < needed:
+                raise
+            self._store.chunks.put(found)
         return Answer([name for name, _ in found], absent)
 
     async def _missing(self, blocks: Sequence[BlockId]) -> MissingOf:

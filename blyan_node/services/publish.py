@@ -31,6 +31,7 @@ from protocols.dag.release import ENTRY, encode_release
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Root, Subject, cid_text, model_root
 from protocols.tensors.manifest import Dtype
+from storage.gc import collect
 from storage.pins import Pin
 from storage.store import Store
 from storage.tensors import Ingest
@@ -102,7 +103,10 @@ class Publish:
 
     def _tidy(self, draft: _Draft) -> None:
         """What the release left out was of a publish that never ended; what it lists is kept."""
-        self._store.unstage(self._store.staged(draft.model))
+        left_over = self._store.staged(draft.model)
+        if left_over:
+            self._store.unstage(left_over)
+            collect(self._store)
         kept = [draft.model, *draft.subjects.values()]
         self._store.pin(*kept, *self._store.releases(draft.model), reason=Pin.PUBLISHED)
 

@@ -238,3 +238,21 @@ async def test_malformed_requests_cost_the_asker(tmp_path: Path) -> None:
                     alice.peer_id, CHUNKS_PROTOCOL, ChunksRequest(list(hashes))
                 )
         assert alice.network._scores[mallory.peer_id] <= -60
+
+
+@trio_test
+async def test_under_a_quota_what_nobody_keeps_makes_room(tmp_path: Path) -> None:
+    async with swarm(tmp_path, "alice", "bob") as ((_alice, bob), published):
+        first, second, third = published[1:4]
+        bob.store.chunks.quota_bytes = 2 * SIZE + 40 * limits.KIB
+        await bob.fetch.fetch([first.id])
+        bob.store.pin(first.id, reason=Pin.HELD)
+        await bob.fetch.fetch([second.id])
+        await bob.fetch.fetch([third.id])
+        assert bob.store.is_stored(first.id) and bob.store.is_stored(third.id)
+        assert not bob.store.is_stored(second.id)
+        bob.store.pin(third.id, reason=Pin.HELD)
+        with pytest.raises(Refused, match="--disk") as full:
+            await bob.fetch.fetch([second.id])
+        assert full.value.code is ErrorCode.DISK_FULL
+        assert bob.store.is_stored(first.id) and bob.store.is_stored(third.id)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blyan_node.testing.blocks import Author
+from blyan_node.testing.writing import write
 from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.ids import chunk_hash
@@ -15,7 +16,7 @@ from protocols.tensors.manifest import Dtype, Manifest
 from storage import keys
 from storage.errors import BlockMissing, Corrupt, DiskFull
 from storage.fsck import check
-from storage.gc import collect, drop_body
+from storage.gc import collect, drop_body, make_room
 from storage.packs import ALIGNMENT
 from storage.pins import Pin
 from storage.store import open_store
@@ -185,3 +186,24 @@ def test_space_comes_back_to_the_disk(tmp_path) -> None:
         used = sum(f.stat().st_size for f in (tmp_path / "chunks").iterdir())
         assert used < CHUNK
         assert check(store).ok
+
+
+def test_room_is_made_of_what_nobody_keeps_old_versions_first(make_store) -> None:
+    store = make_store(free_bytes=lambda: 1 << 40)
+    author = Author("alice")
+    subjects = ("embed", "layer0.expert0", "layer0.expert1", "layer0.expert2")
+    made = author.publish("tiny", subjects)
+    update = author.update(made[2], b"u" * 1_000)
+    write(store, [*made, update])
+    store.pin(made[1].id, reason=Pin.PUBLISHED)
+    loose = b"l" * 500
+    store.put_chunks([(chunk_hash(loose), loose)])
+    assert make_room(store, 400) == 500  # what no block names goes first
+    assert all(store.is_stored(one.id) for one in (*made, update))
+    old, *_ = made[2].chunks
+    assert make_room(store, 1) == len(old[1])  # then a version that is no head any more
+    assert store.missing_chunks(made[2].id) == [(old[0], len(old[1]))]
+    make_room(store, 1 << 40, {made[3].id})
+    assert not store.is_stored(update.id) and not store.is_stored(made[4].id)
+    assert all(store.is_stored(one.id) for one in (made[0], made[1], made[3], made[-1]))
+    assert check(store).ok
