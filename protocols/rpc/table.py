@@ -65,7 +65,7 @@ _ROWS = (
         "Turn a Hugging Face directory into blocks and announce them when whole",
         model.PublishRequest,
         model.PublishResult,
-        (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.DISK_FULL),
+        (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
         (PROGRESS,),
     ),
     Method("model.list", "The models that the node knows", model.ListRequest, model.ListResult),
@@ -81,7 +81,7 @@ _ROWS = (
         "Store every block of a model here",
         model.FetchRequest,
         model.FetchResult,
-        (*_MODEL, E.BLOCK_MISSING, E.DISK_FULL),
+        (*_MODEL, E.BAD_INPUT, E.BLOCK_MISSING, E.DISK_FULL),
         (PROGRESS,),
     ),
     Method(
@@ -105,7 +105,7 @@ _ROWS = (
         "Write a model as a Hugging Face directory, byte-equal to what was published",
         model.ExportRequest,
         model.ExportResult,
-        (*_MODEL, E.BAD_INPUT, E.BLOCK_MISSING, E.CORRUPT, E.DISK_FULL),
+        (*_MODEL, E.BAD_INPUT, E.CONFLICT, E.BLOCK_MISSING, E.CORRUPT, E.DISK_FULL),
         (PROGRESS,),
     ),
     Method(
@@ -113,7 +113,7 @@ _ROWS = (
         "Publish a new version of one part, in place of its current head",
         model.UpdateRequest,
         model.UpdateResult,
-        (*_MODEL, E.STALE_BASE, E.BAD_INPUT, E.NOT_ALLOWED, E.DISK_FULL),
+        (*_MODEL, E.STALE_BASE, E.BAD_INPUT, E.BAD_MODEL, E.NOT_ALLOWED, E.DISK_FULL),
     ),
     Method(
         "expert.list",
@@ -127,14 +127,14 @@ _ROWS = (
         "Who holds one expert",
         expert.WhereRequest,
         expert.ExpertsResult,
-        _MODEL,
+        (*_MODEL, E.BAD_INPUT),
     ),
     Method(
         "expert.hold",
         "Load experts and compute with them for others",
         expert.HoldRequest,
         expert.HeldResult,
-        (*_MODEL, E.BAD_INPUT, E.BLOCK_MISSING, E.DISK_FULL),
+        (*_MODEL, E.BAD_INPUT, E.BLOCK_MISSING, E.NOT_ALLOWED, E.DISK_FULL),
         (PROGRESS,),
     ),
     Method(
@@ -142,7 +142,7 @@ _ROWS = (
         "Hold experts no longer",
         expert.DropRequest,
         expert.HeldResult,
-        (*_MODEL, E.LAST_COPY),
+        (*_MODEL, E.BAD_INPUT, E.LAST_COPY),
     ),
     Method(
         "expert.stats",
