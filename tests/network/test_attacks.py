@@ -33,7 +33,7 @@ from protocols import hello
 from protocols.channel.frames import HEADER, FrameKind
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.limits import streams_per_peer_max
+from protocols.limits import MIB, streams_per_peer_max, unread_bytes_per_peer_max
 
 PROTOCOLS = [
     "/blyan/hello/1",
@@ -240,21 +240,30 @@ async def test_streams_without_end_are_reset() -> None:
 @trio_test
 async def test_a_peer_that_ignores_its_window_is_disconnected() -> None:
     async with swarm() as (alice, check), attacker(alice) as (host, victim):
-        (conn,) = host.get_network().get_connections(victim)
-        muxed = conn.muxed_conn
-        assert isinstance(muxed, Yamux)
-        stream = await muxed.open_stream()
-        await muxed.new_stream_send_channel.aclose()
+        # identify is answered without reading, so what we send stays in the victim's buffer
+        net_stream = await host.new_stream(victim, [TProtocol("/ipfs/id/1.0.0")])
+        stream = net_stream.muxed_stream  # type: ignore[attr-defined]
+        unread = 0
         try:
             for _ in range(3_000):
                 stream.send_window = 1 << 30
                 await stream.write(bytes(60_000))
+                unread = max(unread, unread_by(alice, host.get_id()))
         except Exception:  # the victim hangs up, in one way or another
             pass
         with trio.fail_after(20):
             while alice._swarm.get_connections(host.get_id()):
                 await trio.sleep(0.05)
+        assert MIB < unread <= unread_bytes_per_peer_max
         await check()
+
+
+def unread_by(victim: Network, peer: ID) -> int:
+    unread = 0
+    for conn in victim._swarm.get_connections(peer):
+        assert isinstance(conn.muxed_conn, Yamux)
+        unread += sum(map(len, conn.muxed_conn.stream_buffers.values()))
+    return unread
 
 
 @trio_test
