@@ -7,13 +7,12 @@ from pathlib import Path
 from blyan_node.config import DATA_FOLDER
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, cid_text, parse_cid
-from storage import leveldb
 from storage.errors import Corrupt
 from storage.fsck import Fault, Report, check
 from storage.gc import drop_body
-from storage.lock import Lock
 from storage.repair import repair as mend
-from storage.store import CHUNKS_FOLDER, INDEX_FOLDER, open_store
+from storage.repair import repair_databases
+from storage.store import open_store
 
 EXIT_BAD = 1
 _ROUNDS_MAX = 3  # mending one thing can show another beneath it
@@ -94,12 +93,7 @@ def _mend(data: Path) -> None:
             if not report.ok:
                 mend(store, report)
     except Corrupt:
-        lock = Lock(data)
-        try:
-            for folder in (INDEX_FOLDER, CHUNKS_FOLDER):
-                leveldb.repair(data / folder)
-        finally:
-            lock.release()
+        repair_databases(data)
 
 
 def _show(report: Report, repaired: list[Fault]) -> None:

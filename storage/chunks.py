@@ -90,7 +90,7 @@ class Chunks:
             self._pending.update(places)
             if sync and self._pending:
                 self.data.batch([], sync=True)
-                self._enter(self._pending)
+                self._enter(self._pending, first + len(new))
                 self._pending = {}
             return size
 
@@ -104,29 +104,31 @@ class Chunks:
     def adopt(self) -> None:
         """Finishes what a crash interrupted; called once when the store is opened."""
         self._finish_leaving()
-        start = keys.DATA.key(self._index.counters.next_chunk, bytes(32))
+        following = self._index.counters.next_chunk
+        start = keys.DATA.key(following, bytes(32))
         found: dict[ChunkHash, tuple[int, int]] = {}
         bad: list[bytes] = []
         for key, data in self.data.iterate(keys.DATA.prefix(), start=start):
             stored = keys.DATA.parse(key)
+            following = stored.seq + 1
             name = ChunkHash(stored.hash)
-            if name in found or name in self or fault(name, len(data), data) is not None:
-                bad.append(key)
-            else:
+            known = found.get(name) or self.find(name)
+            if known is None and fault(name, len(data), data) is None:
                 found[name] = stored.seq, len(data)
-        if found or bad:
+            elif known is None or known[0] != stored.seq:
+                bad.append(key)
+        if bad:
             self.data.batch([], bad, sync=True)
-            self._enter(found)
+        if following != self._index.counters.next_chunk:
+            self._enter(found, following)
 
-    def _enter(self, places: Mapping[ChunkHash, tuple[int, int]]) -> None:
-        """Makes chunks known that are on the disk."""
-        if not places:
-            return
+    def _enter(self, places: Mapping[ChunkHash, tuple[int, int]], following: int) -> None:
+        """Makes chunks known that are on the disk; the next one gets the number `following`."""
         counters = self._index.counters
         after = counters._replace(
             chunks=counters.chunks + len(places),
             chunk_bytes=counters.chunk_bytes + sum(size for _, size in places.values()),
-            next_chunk=max(seq for seq, _ in places.values()) + 1,
+            next_chunk=following,
         )
         rows = [(keys.CHUNK.key(n), keys.CHUNK_VALUE.pack(*at)) for n, at in places.items()]
         self._index.commit(rows, counters=after)

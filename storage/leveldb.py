@@ -127,7 +127,7 @@ class LevelDBEngine:
 
 def repair(path: Path) -> None:
     """Makes a damaged LevelDB open again, with what can still be read."""
-    plyvel.repair_db(str(path))
+    plyvel.repair_db(str(path), paranoid_checks=True, compression=None)  # or damage stays unseen
 
 
 def _sync_file(path: Path) -> None:
@@ -141,7 +141,8 @@ def _sync_file(path: Path) -> None:
 
 
 def _told(error: Exception, path: Path) -> DiskFull | Corrupt | OSError:
-    text = str(error)
+    said = error.args[0] if error.args else ""
+    text = said.decode(errors="replace") if isinstance(said, bytes) else str(error)
     if any(reason in text for reason in _FULL):
         return DiskFull(text[:200])
     if isinstance(error, plyvel.CorruptionError):

@@ -7,25 +7,40 @@ The log then has another name, so peers read it from the beginning, and we read 
 """
 
 import os
+from pathlib import Path
 
 from protocols.dag.admission import Accepted, Parked, admit
 from protocols.dag.header import Block, Kind
 from protocols.errors import RemoteProtocolError
 from protocols.ids import BlockId, ChunkHash
-from storage import keys, schema
+from storage import keys, leveldb, schema
 from storage.blocks import Blocks
 from storage.chunks import fault
 from storage.errors import Corrupt
 from storage.fsck import Report
 from storage.index import Index
+from storage.lock import Lock
 from storage.memory import MemoryEngine
 from storage.pins import Pin
-from storage.store import Store
+from storage.store import CHUNKS_FOLDER, INDEX_FOLDER, Store, open_index
 
 CHAIN_FAMILIES = (
     keys.BLOCK, keys.MANIFEST, keys.LOG, keys.MODEL, keys.SUCCESSOR, keys.RELEASE, keys.STAGED,
     keys.SUBJECTS, keys.HEAD, keys.PAST_HEAD, keys.ROOT, keys.AUTHOR, keys.CURSOR,
 )  # fmt: skip
+
+
+def repair_databases(data: Path) -> None:
+    """Makes databases that LevelDB cannot read open again, with what it still can read."""
+    lock = Lock(data)
+    try:
+        for folder in (INDEX_FOLDER, CHUNKS_FOLDER):
+            leveldb.repair(data / folder)
+        index = open_index(data)
+        schema.restore_schema(index, os.urandom(schema.LOG_ID_BYTES))
+        index.close()
+    finally:
+        lock.release()
 
 
 def repair(store: Store, report: Report) -> None:

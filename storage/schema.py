@@ -41,3 +41,9 @@ def write_schema(engine: Engine, log_id: bytes) -> None:
     """Writes the row; on a store with a log this gives the log another name."""
     value = keys.SCHEMA_VALUE.pack(SCHEMA_VERSION, log_id)
     engine.batch([(keys.SCHEMA_KEY, value)], sync=True)
+
+
+def restore_schema(engine: Engine, log_id: bytes) -> None:
+    """Writes the row again if a repair of the database has lost it with what lay beside it."""
+    if engine.get(keys.SCHEMA_KEY) is None:
+        write_schema(engine, log_id)

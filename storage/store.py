@@ -254,9 +254,7 @@ def open_store(data: Path, *, quota_bytes: int | None = None) -> Store:
     with contextlib.ExitStack() as resources:
         lock = Lock(data)
         resources.callback(lock.release)
-        index = LevelDBEngine(
-            data / INDEX_FOLDER, buffer_bytes=INDEX_BUFFER_BYTES, cache_bytes=INDEX_CACHE_BYTES
-        )
+        index = open_index(data)
         resources.callback(index.close)
         chunks = LevelDBEngine(
             data / CHUNKS_FOLDER, buffer_bytes=CHUNK_BUFFER_BYTES, cache_bytes=CHUNK_CACHE_BYTES
@@ -265,6 +263,13 @@ def open_store(data: Path, *, quota_bytes: int | None = None) -> Store:
         store = Store(index, chunks, data, quota_bytes=quota_bytes)
         store._resources = resources.pop_all()
     return store
+
+
+def open_index(data: Path) -> LevelDBEngine:
+    """The index database of the store in `data`, whose lock the caller holds."""
+    return LevelDBEngine(
+        data / INDEX_FOLDER, buffer_bytes=INDEX_BUFFER_BYTES, cache_bytes=INDEX_CACHE_BYTES
+    )
 
 
 def _corrupt_in(block: Block, entry: TensorEntry, error: Corrupt) -> Corrupt:

@@ -129,7 +129,7 @@ def test_stray_bytes_are_found_and_taken_in(make_store) -> None:
 
 def run(capsys, home: Path, **options: bool) -> tuple[int, dict]:
     code = fsck(home, repair=options.get("repair", False), as_json=True)
-    return code, json.loads(capsys.readouterr().out)
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_the_command_finds_drops_and_mends(tmp_path, capsys) -> None:
@@ -181,3 +181,48 @@ def test_a_flipped_byte_in_a_file_is_found_and_mended(tmp_path, capsys) -> None:
 def test_a_home_without_a_store(tmp_path) -> None:
     with pytest.raises(Refused, match="has no store"):
         fsck(tmp_path / "nowhere", repair=False, as_json=False)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_index_file_is_found_and_mended(tmp_path, capsys, seed) -> None:
+    """A byte of LevelDB's sorted index file: whatever it hits, a repair leads to a clean store."""
+    with open_store(tmp_path / "data") as store:
+        made, update, _ = life(store)
+    with open_store(tmp_path / "data"):
+        pass  # the log becomes a sorted file
+    file = max((tmp_path / "data" / "index").glob("*.ldb"), key=lambda f: f.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    rng = random.Random(seed)
+    at = rng.randrange(len(raw) * 3 // 4)  # the blocks of rows; behind them are LevelDB's own
+    raw[at] ^= 1 << rng.randrange(8)
+    file.write_bytes(raw)
+    print(f"seed {seed}: byte {at} of {len(raw)}")
+    code, found = run(capsys, tmp_path)
+    assert code == 1 and found["bad"]
+    code, found = run(capsys, tmp_path, repair=True)
+    assert code == 0 and found["repaired"], found
+    with open_store(tmp_path / "data") as store:
+        write(store, [*made, update])
+        assert update.id in store.heads(made[0].id).values()
+        assert check(store).bad == []
+
+
+def test_another_schema_is_refused(tmp_path) -> None:
+    with open_store(tmp_path) as store:
+        store.index.engine.batch([(keys.SCHEMA_KEY, keys.SCHEMA_VALUE.pack(2, bytes(16)))])
+    with pytest.raises(Refused, match="schema 2, this program reads schema 1"):
+        open_store(tmp_path)
+    engine = LevelDBEngine(tmp_path / "index", buffer_bytes=1 << 20, cache_bytes=1 << 20)
+    engine.batch([(b"x", b"")], [keys.SCHEMA_KEY])
+    engine.close()
+    with pytest.raises(Refused, match="does not say of which version"):
+        open_store(tmp_path)
+
+
+def test_a_second_daemon_is_refused_in_one_line(tmp_path) -> None:
+    with open_store(tmp_path / "data"):
+        with pytest.raises(Refused, match=r"is in use by process \d+") as refused:
+            open_store(tmp_path / "data")
+        assert "\n" not in str(refused.value)
+    with open_store(tmp_path / "data"):
+        pass
