@@ -2,7 +2,7 @@
 
 Nobody else constructs a service. Resources whose lifetimes must nest (store, then tasks) are `with`
 blocks around the nursery. The order in which services start is the order in which they come to
-serve; when the node ends, adverts are withdrawn while the network still runs.
+serve; the network outlasts them, so that adverts are withdrawn while there is one.
 """
 
 import logging
@@ -158,16 +158,34 @@ async def run_app(config: Config, *, on_ready: Callable[[Mapping[str, object]], 
     Raises `Refused` if the home is in use, the store cannot be opened or an address not be had.
     """
     identity = load_identity(config.key_file)
+    life, network_life = trio.CancelScope(), trio.CancelScope(shield=True)
     with open_store(config.data, quota_bytes=config.disk_bytes) as store:
-        async with trio.open_nursery() as nursery:
-            app = build(config, identity, store, nursery.cancel_scope.cancel)
-            await nursery.start(app.network.run)
-            for service in (app.fetch, app.sync, app.gossip, app.serving, app.adverts):
-                await nursery.start(service.run)
-            await nursery.start(app.placement.run)
-            await nursery.start(RpcServer(config.rpc, handlers(app)).run)
-            on_ready(_readiness(app))
+        app = build(config, identity, store, life.cancel)
+        async with trio.open_nursery() as outlasting:
+            await outlasting.start(_run_within, network_life, app.network)
+            try:
+                with life:
+                    await _serve(app, on_ready)
+            finally:
+                network_life.cancel()
     log.info("stopped")
+
+
+async def _run_within(
+    scope: trio.CancelScope, network: Network, task_status: trio.TaskStatus[None]
+) -> None:
+    """Runs the network until `scope` is cancelled, however the task around it ends."""
+    with scope:
+        await network.run(task_status=task_status)
+
+
+async def _serve(app: App, on_ready: Callable[[Mapping[str, object]], None]) -> None:
+    """Runs the services; they end before the network does, so that they can say goodbye."""
+    async with trio.open_nursery() as nursery:
+        for service in (app.fetch, app.sync, app.gossip, app.serving, app.adverts, app.placement):
+            await nursery.start(service.run)
+        await nursery.start(RpcServer(app.config.rpc, handlers(app)).run)
+        on_ready(_readiness(app))
 
 
 def _placement(config: Config, store: Store) -> PlacementConfig:

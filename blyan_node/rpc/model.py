@@ -1,5 +1,6 @@
 """`model.*`."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import (
     BlockId,
+    PeerId,
     Subject,
     cid_text,
     model_root,
@@ -112,10 +114,12 @@ async def fetch(app: "App", request: model.FetchRequest, context: Context) -> mo
     root = None if request.root is None else parse_root(request.root)
     blocks = [id, *app.export.heads(id, root).values()]
     missing = await trio.to_thread.run_sync(_not_stored, app, blocks)
-    came = await app.supply.ensure(missing, context.progress)
+    by_peer: Counter[PeerId] = Counter()
+    came = await app.fetch.fetch(missing, context.progress, by_peer)
     pin = partial(app.store.pin, *blocks, reason=Pin.FETCHED)
     await trio.to_thread.run_sync(pin)
-    return model.FetchResult(blocks=len(missing), bytes=came)
+    shares = {str(peer): count for peer, count in by_peer.items()}
+    return model.FetchResult(blocks=len(missing), bytes=came, peers=shares)
 
 
 def _not_stored(app: "App", blocks: list[BlockId]) -> list[BlockId]:

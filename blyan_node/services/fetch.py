@@ -7,6 +7,7 @@ repair of the store found broken.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -59,7 +60,6 @@ class Fetch:
         self._freed = Changes()
         self.received_bytes = 0  # of verified chunks
         self.served_bytes = 0
-        self.last_by_peer: dict[PeerId, int] = {}  # who brought how many bytes of the last fetch
         network.handle(CHUNKS_PROTOCOL, CHUNKS, self._answer)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -69,10 +69,16 @@ class Fetch:
         async for _ in events:
             await self._mend()
 
-    async def fetch(self, blocks: Sequence[BlockId], progress: Progress = silent) -> int:
+    async def fetch(
+        self,
+        blocks: Sequence[BlockId],
+        progress: Progress = silent,
+        by_peer: Counter[PeerId] | None = None,
+    ) -> int:
         """Stores the missing chunks of the bodies of `blocks`; how many bytes came.
 
         The headers and manifests are here. Blocks that another call is fetching are waited for.
+        `by_peer`, if given, is added the bytes that each peer brought.
         Raises `Refused`: no connected peer has a block (`BLOCK_MISSING`, with its subject and id),
         the disk is full.
         """
@@ -89,12 +95,12 @@ class Fetch:
                 continue
             self._busy |= ours.keys()
             try:
-                came += await self._fetch(ours, progress)
+                came += await self._fetch(ours, progress, Counter() if by_peer is None else by_peer)
             finally:
                 self._busy -= ours.keys()
                 self._freed.tell()
 
-    async def _fetch(self, missing: MissingOf, progress: Progress) -> int:
+    async def _fetch(self, missing: MissingOf, progress: Progress, by_peer: Counter[PeerId]) -> int:
         plan = ChunkPlan()
         for block, chunks in missing.items():
             plan.want(chunks, group=block)
@@ -119,7 +125,7 @@ class Fetch:
             raise self._unavailable(missing, set(error.keys)) from None
         finally:
             self.received_bytes += plan.bytes_done
-            self.last_by_peer = plan.bytes_by_peer
+            by_peer.update(plan.bytes_by_peer)
         return plan.bytes_done
 
     async def _ask(self, peer: PeerId, asked: list[tuple[ChunkHash, int]]) -> Answer[ChunkHash]:

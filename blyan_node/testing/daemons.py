@@ -115,17 +115,17 @@ class Testnet:
         """The ends of all logs, for a failing test to show."""
         return "\n".join(
             f"--- {path}\n{path.read_text(errors='replace')[-3000:]}"
-            for path in sorted(self.dir.rglob("*.log"))
+            for path in sorted(self.dir.glob("*.log"))
         )
 
 
 def alive(pid: int) -> bool:
-    """Whether a process with this id exists."""
+    """Whether a process runs under this id; one that has ended and is not reaped yet does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return True
+    return state not in ("Z", "X")
 
 
 def kill(pid: int) -> None:

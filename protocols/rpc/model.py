@@ -85,10 +85,11 @@ class FetchRequest(Request, frozen=True):
 
 
 class FetchResult(Result, frozen=True):
-    """What the fetch brought; blocks that were stored before are not counted."""
+    """What the fetch brought, and each peer's share of the bytes; what was here does not count."""
 
     blocks: Count
     bytes: Count
+    peers: dict[str, int]
 
 
 class VerifyRequest(Request, frozen=True):

@@ -20,8 +20,11 @@ MakeTestnet = Callable[..., Testnet]
 
 
 @contextmanager
-def daemon(home: Path, *options: object, name: str = "eve") -> Iterator[Node]:
-    """One daemon in the foreground of this test; interrupted at the end, it must exit 0."""
+def daemon(home: Path, *options: object, ends: int = 0) -> Iterator[Node]:
+    """One daemon in the foreground of this test; at the end it is interrupted and must exit 0.
+
+    A test that kills it says so with `ends=-SIGKILL`.
+    """
     arguments = ["start", "--home", home, "--listen", "/ip4/127.0.0.1/tcp/0", *options, "--json"]
     with (home.parent / f"{home.name}.log").open("ab") as log:
         process = subprocess.Popen(
@@ -37,12 +40,12 @@ def daemon(home: Path, *options: object, name: str = "eve") -> Iterator[Node]:
         assert ready["event"] == "ready"
         document = blyan("--home", home, "status")
         yield Node(
-            name, home, str(home / "rpc.sock"), document["peer_id"], document["addrs"],
+            home.name, home, ready["rpc"], document["peer_id"], document["addrs"],
             process.pid, document["role"],
         )  # fmt: skip
-        if process.poll() is None:
+        if ends == 0:
             process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 0
+        assert process.wait(10) == ends
     finally:
         process.kill()
         process.wait()
@@ -71,15 +74,16 @@ def test_nodes_that_published_apart_end_with_the_union(tmp_path: Path) -> None:
         path = make_checkpoint("mixtral", tmp_path / f"model-{name}", seed=index)
         with daemon(tmp_path / name, "--network", network, "--role", "main") as node:
             node("model", "publish", path, "--name", f"of-{name}")
-    with daemon(tmp_path / "alice") as alice:
-        with daemon(tmp_path / "bob", "--bootstrap", _address(alice)) as bob:
-            for node in (alice, bob):
-                node.until("both models", lambda n=node: _names(n) == {"of-alice", "of-bob"})
-            assert alice("chain", "heads") == bob("chain", "heads")
+    with (
+        daemon(tmp_path / "alice") as alice,
+        daemon(tmp_path / "bob", "--bootstrap", _address(alice)) as bob,
+    ):
+        for node in (alice, bob):
+            node.until("both models", lambda n=node: _names(n) == {"of-alice", "of-bob"})
+        assert alice("chain", "heads") == bob("chain", "heads")
 
 
 def test_a_fork_made_apart_is_settled_alike_and_shown(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     network = _genesis(tmp_path)
     path = make_checkpoint("mixtral", tmp_path / "model")
     homes = {name: tmp_path / name for name in ("alice", "bob")}
@@ -101,14 +105,19 @@ def test_a_fork_made_apart_is_settled_alike_and_shown(tmp_path: Path) -> None:
     seed = blyan("init", "--home", tmp_path / "fresh", "--network", network)
     assert seed["peer_id"]
     (homes["bob"] / "identity.key").write_bytes((tmp_path / "fresh/identity.key").read_bytes())
-    with daemon(homes["alice"]) as alice:
-        with daemon(homes["bob"], "--bootstrap", _address(alice)) as bob:
-            heads = []
-            for node in (alice, bob):
-                forks = node.until("the fork", lambda n=node: n("chain", "heads").get("forks"))
-                assert len(forks) == 1
-                heads.append(node("chain", "heads"))
-            assert heads[0] == heads[1]
+    with (
+        daemon(homes["alice"]) as alice,
+        daemon(homes["bob"], "--bootstrap", _address(alice)) as bob,
+    ):
+        for node in (alice, bob):
+            node.until("the fork", lambda n=node: len(_heads(n)["forks"]) == 1)
+        assert _heads(alice) == _heads(bob)
+
+
+def _heads(node: Node) -> dict[str, Any]:
+    (model,) = node("chain", "heads")["models"]
+    heads: dict[str, Any] = model
+    return heads
 
 
 def _changed(path: Path, node: Node, out: Path, factor: float) -> Path:
@@ -136,7 +145,7 @@ def test_a_late_node_catches_up_from_several_and_resumes(
     options = ("--network", network, "--role", "gpu", "--hold", "none",
                "--bootstrap", _address(net["alice"]))  # fmt: skip
     total = published["bytes"]
-    with daemon(tmp_path / "erin", *options) as erin:
+    with daemon(tmp_path / "erin", *options, ends=-signal.SIGKILL) as erin:
         erin.until("every header", lambda: erin("status")["blocks"] == _blocks(net["alice"]))
         with erin.stream("model.fetch", {"model": "tiny"}) as lines:
             for line in lines:
@@ -149,7 +158,7 @@ def test_a_late_node_catches_up_from_several_and_resumes(
         assert had > 0
         erin.until("three peers", lambda: len(erin("peers")["peers"]) == 3)
         fetched = erin("model", "fetch", "tiny")
-        assert fetched["fetched_bytes"] <= total - had + 8 * 8 * 256 * 1024
+        assert fetched["bytes"] <= total - had + 8 * 8 * 256 * 1024
         assert len([n for n in fetched["peers"].values() if n]) > 1
         assert erin("model", "verify", "tiny")["ok"]
 

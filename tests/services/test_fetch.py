@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -58,11 +59,12 @@ async def test_chunks_come_from_more_than_one_peer_at_once(tmp_path: Path) -> No
         give(bob, published)
         parts = [m.id for m in published[1:4]]
         seen: list[tuple[int, int | None, str]] = []
-        came = await carol.fetch.fetch(parts, lambda *now: seen.append(now))
+        by_peer: Counter[PeerId] = Counter()
+        came = await carol.fetch.fetch(parts, lambda *now: seen.append(now), by_peer)
         assert came == 3 * SIZE
         assert all(carol.store.is_stored(id) for id in parts)
-        assert set(carol.fetch.last_by_peer) == {alice.peer_id, bob.peer_id}
-        assert sum(carol.fetch.last_by_peer.values()) == came
+        assert set(by_peer) == {alice.peer_id, bob.peer_id}
+        assert by_peer.total() == came
         body = sum(len(data) for _, data in published[-1].chunks)  # of the release, which sync got
         assert carol.fetch.received_bytes == came + body
         assert alice.fetch.served_bytes + bob.fetch.served_bytes == came + 2 * body
@@ -104,9 +106,10 @@ async def test_a_lying_peer_is_scored_and_replaced(tmp_path: Path) -> None:
         mallory.network._handlers[CHUNKS_PROTOCOL] = (codec, lie)
         parts = [m.id for m in published[1:4]]
         bob.holders = {part: [mallory.peer_id] for part in parts}
-        assert await bob.fetch.fetch(parts) == 3 * SIZE
+        by_peer: Counter[PeerId] = Counter()
+        assert await bob.fetch.fetch(parts, by_peer=by_peer) == 3 * SIZE
         assert all(bob.store.is_stored(id) for id in parts)
-        assert set(bob.fetch.last_by_peer) == {alice.peer_id}
+        assert set(by_peer) == {alice.peer_id}
         assert bob.network._scores[mallory.peer_id] < 0
         assert not bob.network._scores.get(alice.peer_id)
 
