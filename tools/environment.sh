@@ -31,8 +31,7 @@ command -v cc >/dev/null || missing="$missing gcc libc6-dev"
 [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
     missing="$missing $version-dev"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing $version-venv"
-ls /usr/include/gmp.h /usr/include/*/gmp.h /usr/local/include/gmp.h >/dev/null 2>&1 ||
-    missing="$missing libgmp-dev"
+echo '#include <gmp.h>' | cc -E -x c - >/dev/null 2>&1 || missing="$missing libgmp-dev"
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
