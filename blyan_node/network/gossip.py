@@ -25,6 +25,7 @@ from libp2p.pubsub.validators import signature_validator
 from libp2p.tools.anyio_service.context import background_trio_service
 
 from blyan_node.network.fanout import Queue
+from blyan_node.network.host import ENDINGS
 from blyan_node.network.interface import Counters, Topic, Validator
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import NetworkId, PeerId, cid_text
@@ -44,6 +45,9 @@ _HEARTBEAT_S = 1
 _SEQNO_BYTES_MAX = 8
 _ID_BYTES_MAX = 64
 _TOPICS_PER_PEER_MAX = 16
+_RPC_BYTES_MAX = 1 << 20  # the same in all implementations
+_LENGTH_BYTES_MAX = 4
+_READ_BYTES = 1 << 16
 
 Deliver = Callable[[PeerId, rpc_pb2.Message], bool]
 
@@ -83,9 +87,35 @@ class GuardedPubsub(Pubsub):
         peer = stream.muxed_conn.peer_id
         try:
             await self.continuously_read_stream(stream)
+        except ENDINGS:
+            pass
+        except RemoteProtocolError as error:
+            self.blame(PeerId(str(peer)), error)
         except Exception as error:  # protobuf's errors, and py-libp2p's, which share no base
             self.blame(PeerId(str(peer)), RemoteProtocolError("gossip", repr(error)[:200]))
         await stream.reset()
+
+    async def continuously_read_stream(self, stream: INetStream) -> None:
+        """Reads RPCs; the stock loop reads lengths byte by byte and has a task for each message."""
+        peer = stream.muxed_conn.peer_id
+        buffer = bytearray()
+        while data := await stream.read(_READ_BYTES):
+            buffer += data
+            while (wire := _next_rpc(buffer)) is not None:
+                rpc = rpc_pb2.RPC()
+                rpc.ParseFromString(wire)
+                await self._take(peer, rpc)
+
+    async def _take(self, peer: ID, rpc: rpc_pb2.RPC) -> None:
+        for msg in rpc.publish:
+            if self._is_subscribed_to_msg(msg):
+                await self.push_msg(peer, msg)
+        if len(rpc.subscriptions) > _TOPICS_PER_PEER_MAX:
+            raise RemoteProtocolError("gossip", f"{len(rpc.subscriptions)} subscriptions at once")
+        for subscription in rpc.subscriptions:
+            self.handle_subscription(peer, subscription)
+        if rpc.HasField("control"):
+            await self.router.handle_rpc(rpc, peer)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Judges a message that a peer passed on, or publishes one of ours."""
@@ -98,6 +128,11 @@ class GuardedPubsub(Pubsub):
         except Exception as error:  # ids that are none; py-libp2p's errors share no base
             self.blame(PeerId(str(msg_forwarder)), RemoteProtocolError("gossip", repr(error)[:200]))
 
+    async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
+        """Sends without our signed address record, which costs each receiver a verification."""
+        rpc_msg.ClearField("senderRecord")
+        return bool(await super().write_msg(stream, rpc_msg))
+
     def seen(self, msg: rpc_pb2.Message) -> bool:
         """Whether this very message was here before."""
         return bool(self._is_msg_seen(msg))
@@ -107,6 +142,27 @@ class GuardedPubsub(Pubsub):
         queue = self.peer_queues.get(peer_id)
         if queue is not None:  # an empty queue is false
             queue._queue.max_size = gossip_queue_max
+
+
+def _next_rpc(buffer: bytearray) -> bytes | None:
+    """Cuts one length-prefixed RPC off the front of `buffer`, if all of it is there."""
+    length = 0
+    for at, byte in enumerate(buffer[:_LENGTH_BYTES_MAX]):
+        length |= (byte & 0x7F) << (7 * at)
+        if byte < 0x80:
+            break
+    else:
+        if len(buffer) >= _LENGTH_BYTES_MAX:
+            raise RemoteProtocolError("gossip", "a length that does not end")
+        return None
+    if length > _RPC_BYTES_MAX:
+        raise RemoteProtocolError("gossip", f"an RPC of {length} bytes")
+    start, end = at + 1, at + 1 + length
+    if len(buffer) < end:
+        return None
+    wire = bytes(buffer[start:end])
+    del buffer[:end]
+    return wire
 
 
 @dataclass
@@ -177,9 +233,9 @@ class Gossip:
         self._recent = Recent()
         self._router = OneTopicRouter(
             [TProtocol(PROTOCOL_ID_V11)],
-            degree=8,
-            degree_low=6,
-            degree_high=12,
+            degree=6,
+            degree_low=4,
+            degree_high=8,
             heartbeat_initial_delay=0.1,
             heartbeat_interval=_HEARTBEAT_S,
             spam_protection_enabled=False,  # it drops above 10 a second; `Pace` and scores instead

@@ -17,16 +17,20 @@ from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.exceptions import IOException
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.exceptions import RawConnError
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
@@ -38,6 +42,19 @@ from protocols.limits import dial_s_max, hello_s_max, peers_max
 from protocols.signing import Identity
 
 log = logging.getLogger("blyan.network")
+
+
+# What a peer that just leaves, or a link that breaks, looks like: no reason to blame anybody.
+ENDINGS = (
+    IOException,
+    MultiselectCommunicatorError,
+    MuxedStreamError,
+    RawConnError,
+    SwarmException,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+)
 
 
 class HostEvents(Protocol):

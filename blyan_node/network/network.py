@@ -6,18 +6,14 @@ peer does raises into it, so what does raise is a bug of ours and stops the node
 
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 from typing import Any
 
 import trio
-from libp2p.io.exceptions import IOException
-from libp2p.network.connection.exceptions import RawConnError
-from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
-from libp2p.stream_muxer.exceptions import MuxedStreamError
 from multiaddr import Multiaddr
 
 from blyan_node.network import greeting
@@ -29,7 +25,7 @@ from blyan_node.network.exchange import Exchange
 from blyan_node.network.fanout import Fanout
 from blyan_node.network.gossip import Gossip
 from blyan_node.network.greeting import Greeted, Greeting
-from blyan_node.network.host import GuardedSwarm, build_host
+from blyan_node.network.host import ENDINGS, GuardedSwarm, build_host
 from blyan_node.network.interface import (
     Counters,
     Handler,
@@ -53,17 +49,7 @@ from protocols.wire import Messages
 
 log = logging.getLogger("blyan.network")
 
-# What a peer that just leaves, or a link that breaks, looks like: no reason to blame anybody.
-_ENDINGS = (
-    IOException,
-    MultiselectCommunicatorError,
-    MuxedStreamError,
-    RawConnError,
-    SwarmException,
-    trio.BrokenResourceError,
-    trio.ClosedResourceError,
-    trio.TooSlowError,
-)
+_INTERFACES_EVERY_S = 10
 
 
 class Network:
@@ -86,6 +72,8 @@ class Network:
         for text in config.bootstrap:
             addr, peer = parse_bootstrap(text)
             self._book.add_bootstrap(peer, addr)
+        self._announced: tuple[Sequence[str], list[str]] = ((), [])
+        self._look_again = 0.0
         self._host = build_host(identity, self)
         swarm = self._host.get_network()
         assert isinstance(swarm, GuardedSwarm)
@@ -261,8 +249,12 @@ class Network:
         return peer != self.peer_id and not self._scores.banned(peer, trio.current_time())
 
     def announced(self, listening: Sequence[str]) -> list[str]:
-        """The addresses to tell others."""
-        return announced(listening, self._config.announce)
+        """The addresses to tell others; the interfaces are looked at now and then."""
+        now = time.monotonic()  # asked for the first time before trio runs
+        if now >= self._look_again or self._announced[0] != listening:
+            self._announced = (listening, announced(listening, self._config.announce))
+            self._look_again = now + _INTERFACES_EVERY_S
+        return list(self._announced[1])
 
     def connected(self, peer: PeerId, *, dialled: bool) -> None:
         """A connection is up: the dialler says hello."""
@@ -281,7 +273,7 @@ class Network:
 
     def failed(self, peer: PeerId, protocol: str, error: Exception) -> None:
         """One of libp2p's own handlers raised."""
-        if isinstance(error, _ENDINGS):
+        if isinstance(error, ENDINGS):
             log.debug("stream %s of %s ended: %r", protocol, peer, error)
         else:
             self.penalise(peer, RemoteProtocolError(protocol, repr(error)[:200]))
