@@ -142,7 +142,13 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
         layers=layers,
         generation=Generation(chain, store, models, trunks, layers, compute),
         placement=Placement(
-            _placement(config, store), chain, store, supply, adverts, holding, identity.peer_id
+            _placement(config, identity, store),
+            chain,
+            store,
+            supply,
+            adverts,
+            holding,
+            identity.peer_id,
         ),
         publish=Publish(store, chain, author, authoring),
         update=Update(store, chain, author, authoring),
@@ -188,13 +194,18 @@ async def _serve(app: App, on_ready: Callable[[Mapping[str, object]], None]) -> 
         on_ready(_readiness(app))
 
 
-def _placement(config: Config, store: Store) -> PlacementConfig:
-    """What the node takes by itself: by plan, by list, or nothing; only of listed authors."""
+def _placement(config: Config, identity: Identity, store: Store) -> PlacementConfig:
+    """What the node takes by itself: by plan, by list, or nothing; its own models and those of
+    listed authors.
+    """
 
     def may_take(model: BlockId) -> bool:
+        if config.authors == "all":
+            return True
         block = store.block(model)
         return block is not None and (
-            config.authors == "all" or peer_id_of(block.header.author) in config.authors
+            block.header.author == identity.public
+            or peer_id_of(block.header.author) in config.authors
         )
 
     if isinstance(config.hold, str):

@@ -17,7 +17,7 @@ import msgspec
 
 from blyan_node.sizes import free_memory_bytes, parse_size
 from protocols import limits
-from protocols.dag.genesis import Genesis
+from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, Subject, key_of, parse_subject
 from protocols.rpc.address import socket_path
@@ -156,7 +156,7 @@ def make_config(
         disk_bytes=None if disk is None else parse_size(disk),
         threads=chosen("threads", None) or _cores(),
         replicas=chosen("replicas", 2),
-        authors=_authors(chosen("authors", "all")),
+        authors=_authors(chosen("authors", [] if genesis == DEVELOPMENT else "all")),
     )
 
 

@@ -62,7 +62,7 @@ def open_home(home: Path, *, rpc: Path | None, network: Path | None, options: Se
                 ErrorCode.NOT_FOUND,
                 f"{home} is no node's home",
                 f"{name} is missing",
-                "make one with `blyan-node init`",
+                "restore it, or make a new node elsewhere with `blyan-node init --home DIR`",
                 {"path": str(home)},
             )
     genesis = read_genesis(home / config.GENESIS_FILE)
@@ -122,7 +122,8 @@ _EXPLAINED = (
     (
         "authors",
         '"all"',
-        "Whose models a gpu node takes by itself: all, or a list of peer ids.",
+        "Whose models a gpu node takes by itself, besides its own: all, or a list of peer ids. If",
+        "not set: all in a network of one's own, nobody's in the built-in network.",
     ),
 )
 
