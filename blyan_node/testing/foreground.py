@@ -1,0 +1,123 @@
+"""One daemon, and one command against it, as processes of the test that are signalled and read."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from blyan_node.testing.daemons import Node, blyan
+
+ENDS_S_MAX = 10  # the contract for a daemon that is told to stop
+SAYS_S_MAX = 60
+
+
+class Foreground:
+    """`blyan-node start` in the foreground; a `with` block that ends it if the test has not."""
+
+    def __init__(self, home: Path, *options: object) -> None:
+        self.home = home
+        self.log = home.parent / f"{home.name}.log"
+        words = ["start", "--home", home, "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", 1]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                _command(*words, *options, "--json"), stdout=subprocess.PIPE, stderr=log
+            )
+
+    def __enter__(self) -> Node:
+        assert self.process.stdout is not None
+        first = self.process.stdout.readline()
+        assert first, self.log.read_text()[-3000:]
+        ready = json.loads(first)
+        return Node(
+            self.home.name, self.home, ready["rpc"], ready["peer_id"], ready["addrs"],
+            self.process.pid, ready["role"],
+        )  # fmt: skip
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def ends(self) -> None:
+        """Waits for the end that it was told to come to: in time, with 0, and without a traceback.
+
+        What is at the end of its log is whatever it said last.
+        """
+        code = self.process.wait(ENDS_S_MAX)
+        said = self.log.read_text()
+        assert code == 0, said[-3000:]
+        assert "Traceback" not in said, said[-3000:]
+        assert "not drained" not in said, said[-3000:]
+
+    def fsck(self) -> dict[str, Any]:
+        """What `fsck` says of the home; the daemon is down."""
+        report: dict[str, Any] = blyan("fsck", "--home", self.home)
+        return report
+
+
+@dataclass
+class Command:
+    """A command that runs; `out` and `err` are what it has written so far."""
+
+    process: subprocess.Popen[bytes]
+    out: bytes = b""
+    err: bytes = b""
+
+    def until(self, said: bytes, act: Callable[[], None] = lambda: None) -> Self:
+        """Reads on until `said` is on stdout or stderr; does `act` whenever nothing comes."""
+        deadline = time.monotonic() + SAYS_S_MAX
+        while said not in self.out and said not in self.err:
+            assert time.monotonic() < deadline, (self.out, self.err)
+            if not self._read(1):
+                assert self.process.poll() is None, (self.out, self.err)
+                act()
+        return self
+
+    def interrupted(self) -> int:
+        """Ctrl-C, everything that is still said, and the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        out, err = self.process.communicate(timeout=SAYS_S_MAX)
+        self.out += out
+        self.err += err
+        return self.process.returncode
+
+    def _read(self, patience_s: float) -> bool:
+        out, err = self.process.stdout, self.process.stderr
+        assert out is not None and err is not None
+        ready, _, _ = select.select([out, err], [], [], patience_s)
+        pieces = {file: os.read(file.fileno(), 65536) for file in ready}
+        self.out += pieces.get(out, b"")
+        self.err += pieces.get(err, b"")
+        return any(pieces.values())
+
+
+@contextmanager
+def command(node: Node, *arguments: object) -> Iterator[Command]:
+    """Starts a command against `node` as in a terminal, but without one."""
+    process = subprocess.Popen(
+        _command("--rpc", node.rpc, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        try:
+            yield Command(process)
+        finally:
+            process.kill()
+
+
+def _command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "cli.main", *map(str, words)]
