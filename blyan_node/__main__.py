@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from blyan_node.config import Settings, settings_of
 from blyan_node.rpc.refusals import leaves_of, refusal_of_os
@@ -101,9 +101,13 @@ def _testnet(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from blyan_node.bench.__main__ import main as bench
+    from blyan_node.bench.__main__ import MEASUREMENTS, main
 
-    return bench([*arguments.names, *(["--json"] if arguments.json else [])])
+    for name in arguments.names:
+        if name not in MEASUREMENTS:
+            known = ", ".join(MEASUREMENTS)
+            raise RemoteProtocolError(f"bench {name[:40]}", f"there is none; there are {known}")
+    return main([*arguments.names, *(["--json"] if arguments.json else [])])
 
 
 def _print(document: dict[str, Any], as_json: bool, plain: str) -> int:
@@ -126,13 +130,21 @@ def _options(pairs: Sequence[str]) -> Settings:
     return settings_of(values, "--{}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is 3 here as for the command; 2 means that there is no node."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong."""
+        self.exit(EXIT_USAGE, f"error: wrong usage\n  why: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--home", default=str(Path("~/.blyan").expanduser()))
     shared.add_argument("--json", action="store_true")
     shared.add_argument("-v", "--verbose", action="store_true")
     shared.add_argument("--set", action="append", default=[], metavar="KEY=JSON")
-    parser = argparse.ArgumentParser(prog="python -m blyan_node", description=__doc__)
+    parser = _Parser(prog="python -m blyan_node", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:

@@ -166,3 +166,14 @@ def test_fsck_of_nothing_is_an_error(tmp_path: Path) -> None:
     said = _run("fsck", "--home", tmp_path / "none", "--json")
     assert said.returncode == 1
     assert json.loads(said.stdout)["error"]["data"]["path"] == str(tmp_path / "none")
+
+
+def test_an_unknown_measurement_is_exit_3_and_the_known_ones_are_named() -> None:
+    said = _run("bench", "nothing", "--json")
+    assert said.returncode == 3
+    assert "open-100000" in json.loads(said.stdout)["error"]["message"]
+
+
+def test_the_program_itself_tells_wrong_usage_apart_from_no_node() -> None:
+    line = [sys.executable, "-m", "blyan_node", "nothing"]
+    assert subprocess.run(line, capture_output=True, check=False).returncode == 3

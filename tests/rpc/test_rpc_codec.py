@@ -101,6 +101,20 @@ def test_depth_counts_brackets_and_not_those_inside_strings() -> None:
     assert isinstance(_one(quoted), Call)
 
 
+def test_json_that_is_nested_too_deep_is_refused_before_it_is_parsed() -> None:
+    fits, too_deep = limits.rpc_depth_max - 1, limits.rpc_depth_max
+    assert codec.parse(_line(id=1, method="a", params={"x": _nested(fits - 1)}))
+    with pytest.raises(RemoteProtocolError, match="nested deeper"):
+        codec.parse(_line(id=1, method="a", params={"x": _nested(too_deep)}))
+
+
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 def test_a_wrong_parameter_is_named() -> None:
     call = Call(1, "generate.run", b'{"model":"tiny","prompt_ids":[1,-2]}')
     with pytest.raises(Refused, match=r"prompt_ids\[") as caught:
