@@ -139,7 +139,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--home", default=str(Path("~/.blyan").expanduser()))
     shared.add_argument("--json", action="store_true")
     shared.add_argument("-v", "--verbose", action="store_true")
