@@ -127,7 +127,7 @@ def test_an_unknown_model_is_named(alone: Ask) -> None:
 
 
 def test_what_is_stored_needs_no_fetch_and_verifies(alone: Ask) -> None:
-    assert alone("model.fetch", model=MODEL) == {"blocks": 0, "bytes": 0}
+    assert alone("model.fetch", model=MODEL) == {"blocks": 0, "bytes": 0, "peers": {}}
     verified = alone("model.verify", model=MODEL)
     assert verified["ok"] and not verified["bad"]
     chain = alone("chain.verify")
