@@ -8,7 +8,6 @@ serve; the network outlasts them, so that adverts are withdrawn while there is o
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import trio
@@ -19,6 +18,7 @@ from blyan_node.moe.numerics import use_threads
 from blyan_node.moe.profile import profile
 from blyan_node.network.interface import NetworkConfig
 from blyan_node.network.network import Network
+from blyan_node.parts import App
 from blyan_node.rpc.handlers import handlers
 from blyan_node.rpc.server import RpcServer
 from blyan_node.services.authoring import Author
@@ -50,35 +50,6 @@ log = logging.getLogger(__name__)
 def clock_ms() -> int:
     """The wall clock, in ms since 1970."""
     return time.time_ns() // 1_000_000
-
-
-@dataclass(frozen=True)
-class App:
-    """A node's objects, for the RPC's handlers. `stop` ends the node as a signal would."""
-
-    config: Config
-    identity: Identity
-    version: str
-    profile: str
-    store: Store
-    network: Network
-    chain: Chain
-    sync: Sync
-    gossip: Gossip
-    fetch: Fetch
-    supply: Supply
-    models: Models
-    holding: Holding
-    serving: Serving
-    adverts: Adverts
-    layers: Layers
-    generation: Generation
-    placement: Placement
-    publish: Publish
-    update: Update
-    export: Export
-    verify: Verify
-    stop: Callable[[], None]
 
 
 def build(config: Config, identity: Identity, store: Store, stop: Callable[[], None]) -> App:

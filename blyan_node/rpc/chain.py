@@ -1,10 +1,11 @@
 """`chain.*` and `block.*`."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
+from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from blyan_node.services.audit import audit
 from protocols.dag.header import Block
@@ -14,12 +15,9 @@ from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, cid_text, parse_cid, peer_id_of, root_text
 from protocols.rpc import chain
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
-
 
 async def status(
-    app: "App", request: chain.ChainStatusRequest, context: Context
+    app: App, request: chain.ChainStatusRequest, context: Context
 ) -> chain.ChainStatusResult:
     """How many blocks there are, and what they wait for."""
     stats = app.store.stats()
@@ -32,20 +30,20 @@ async def status(
     )
 
 
-async def heads(app: "App", request: chain.HeadsRequest, context: Context) -> chain.HeadsResult:
+async def heads(app: App, request: chain.HeadsRequest, context: Context) -> chain.HeadsResult:
     """The current block of each part, and the forks that were kept."""
     found = [_heads(app, block) for block in _models(app, request.model)]
     return chain.HeadsResult(models=found)
 
 
-def _models(app: "App", name: str | None) -> list[Block]:
+def _models(app: App, name: str | None) -> list[Block]:
     if name is not None:
         return [app.chain.find_model(name)]
     models = app.chain.models().values()
     return sorted(models, key=lambda block: (str(block.header.meta["name"]), block.id))
 
 
-def _heads(app: "App", block: Block) -> chain.ModelHeads:
+def _heads(app: App, block: Block) -> chain.ModelHeads:
     return chain.ModelHeads(
         model=cid_text(block.id),
         name=str(block.header.meta["name"]),
@@ -64,7 +62,7 @@ def _fork(fork: Fork) -> chain.Fork:
     )
 
 
-async def log(app: "App", request: chain.LogRequest, context: Context) -> chain.LogResult:
+async def log(app: App, request: chain.LogRequest, context: Context) -> chain.LogResult:
     """A page of the order in which this node accepted blocks."""
     rows = app.store.log(request.after, request.limit)
     entries = [
@@ -77,7 +75,7 @@ async def log(app: "App", request: chain.LogRequest, context: Context) -> chain.
 
 
 async def verify(
-    app: "App", request: chain.ChainVerifyRequest, context: Context
+    app: App, request: chain.ChainVerifyRequest, context: Context
 ) -> chain.ChainVerifyResult:
     """Checks every header."""
     told = partial(context.progress, unit="blocks")
@@ -89,7 +87,7 @@ async def verify(
     )
 
 
-async def graph(app: "App", request: chain.GraphRequest, context: Context) -> chain.GraphResult:
+async def graph(app: App, request: chain.GraphRequest, context: Context) -> chain.GraphResult:
     """The DAG as a Graphviz document."""
     models = [block.id for block in _models(app, request.model)]
 
@@ -101,9 +99,7 @@ async def graph(app: "App", request: chain.GraphRequest, context: Context) -> ch
     return chain.GraphResult(dot=await trio.to_thread.run_sync(draw))
 
 
-async def show_block(
-    app: "App", request: chain.BlockRequest, context: Context
-) -> chain.BlockResult:
+async def show_block(app: App, request: chain.BlockRequest, context: Context) -> chain.BlockResult:
     """One block: its header, its tensors, whether it is stored."""
     id = BlockId(parse_cid(request.id))
     block = app.store.block(id)

@@ -2,24 +2,22 @@
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
 from blyan_node.network.interface import PeerUp
+from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from blyan_node.services.chain import ReleaseAccepted
 from protocols.ids import cid_text, root_text
 from protocols.rpc import events
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
-
 EXPERTS_PAUSE_S = 0.2
 
 
 async def subscribe(
-    app: "App", request: events.SubscribeRequest, context: Context
+    app: App, request: events.SubscribeRequest, context: Context
 ) -> events.SubscribeResult:
     """Sends events until it is cancelled.
 
@@ -41,7 +39,7 @@ async def subscribe(
     return events.SubscribeResult(events=count)
 
 
-async def _chain(app: "App", tell: Any) -> None:
+async def _chain(app: App, tell: Any) -> None:
     with app.chain.events() as received:
         async for event in received:
             about = {"model": cid_text(event.model), "root": root_text(event.root)}
@@ -53,14 +51,14 @@ async def _chain(app: "App", tell: Any) -> None:
                 tell("update", {**about, **block})
 
 
-async def _peers(app: "App", tell: Any) -> None:
+async def _peers(app: App, tell: Any) -> None:
     with app.network.peer_events() as received:
         async for event in received:
             about = {"peer_id": event.peer.peer_id, "role": event.peer.role}
             tell("peer_up" if isinstance(event, PeerUp) else "peer_down", about)
 
 
-async def _experts(app: "App", tell: Any) -> None:
+async def _experts(app: App, tell: Any) -> None:
     seen = app.adverts.changes.count
     while True:
         seen = await app.adverts.changes.wait(seen)

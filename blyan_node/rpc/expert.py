@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
+from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from blyan_node.rpc.node import held
 from blyan_node.services.holding import Reason
@@ -12,32 +12,29 @@ from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, PeerId, Subject, cid_text, expert_subject, parse_subject
 from protocols.rpc import expert
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
-
 
 async def list_experts(
-    app: "App", request: expert.ExpertListRequest, context: Context
+    app: App, request: expert.ExpertListRequest, context: Context
 ) -> expert.ExpertsResult:
     """Who holds which expert."""
     found = [info for block in _models(app, request.model) for info in _experts(app, block)]
     return expert.ExpertsResult(experts=found)
 
 
-async def where(app: "App", request: expert.WhereRequest, context: Context) -> expert.ExpertsResult:
+async def where(app: App, request: expert.WhereRequest, context: Context) -> expert.ExpertsResult:
     """Who holds one expert."""
     ((subject, block),) = find(app, [request.subject], request.model).items()
     return expert.ExpertsResult(experts=[_info(app, subject, block)])
 
 
-async def hold(app: "App", request: expert.HoldRequest, context: Context) -> expert.HeldResult:
+async def hold(app: App, request: expert.HoldRequest, context: Context) -> expert.HeldResult:
     """Loads experts and computes with them for others."""
     blocks = find(app, request.subjects, request.model)
     await app.placement.hold(list(blocks.values()), partial(context.progress, unit="experts"))
     return _held(app, blocks)
 
 
-async def drop(app: "App", request: expert.DropRequest, context: Context) -> expert.HeldResult:
+async def drop(app: App, request: expert.DropRequest, context: Context) -> expert.HeldResult:
     """Holds experts no longer."""
     blocks = find(app, request.subjects, request.model)
     await app.placement.drop(list(blocks.values()), force=request.force)
@@ -45,7 +42,7 @@ async def drop(app: "App", request: expert.DropRequest, context: Context) -> exp
 
 
 async def stats(
-    app: "App", request: expert.ExpertStatsRequest, context: Context
+    app: App, request: expert.ExpertStatsRequest, context: Context
 ) -> expert.ExpertStatsResult:
     """What the held experts have done."""
     kept = [h for h in app.holding.held() if h.reason is not Reason.PASSING]
@@ -67,7 +64,7 @@ async def stats(
     )
 
 
-def find(app: "App", subjects: Sequence[str], model: str | None) -> dict[Subject, BlockId]:
+def find(app: App, subjects: Sequence[str], model: str | None) -> dict[Subject, BlockId]:
     """The blocks of experts by their names; raises `Refused`, `RemoteProtocolError`."""
     for subject in subjects:
         if parse_subject(subject).expert is None:
@@ -102,14 +99,14 @@ def find(app: "App", subjects: Sequence[str], model: str | None) -> dict[Subject
     return found
 
 
-def _models(app: "App", name: str | None) -> list[Block]:
+def _models(app: App, name: str | None) -> list[Block]:
     if name is not None:
         return [app.chain.find_model(name)]
     models = app.chain.models().values()
     return sorted(models, key=lambda block: (str(block.header.meta["name"]), block.id))
 
 
-def _experts(app: "App", model: Block) -> list[expert.ExpertInfo]:
+def _experts(app: App, model: Block) -> list[expert.ExpertInfo]:
     found = []
     for subject, block in app.chain.heads(model.id).items():
         name = parse_subject(subject)
@@ -118,12 +115,12 @@ def _experts(app: "App", model: Block) -> list[expert.ExpertInfo]:
     return [info for _, _, info in sorted(found, key=lambda row: row[:2])]
 
 
-def _info(app: "App", subject: Subject, block: BlockId) -> expert.ExpertInfo:
+def _info(app: App, subject: Subject, block: BlockId) -> expert.ExpertInfo:
     holders = [_holder(app, peer) for peer in app.adverts.holders_with_self(block)]
     return expert.ExpertInfo(subject=str(subject), block=cid_text(block), holders=holders)
 
 
-def _holder(app: "App", peer: PeerId) -> expert.Holder:
+def _holder(app: App, peer: PeerId) -> expert.Holder:
     if peer == app.identity.peer_id:
         return expert.Holder(peer_id=peer, rtt_ms=None, queue=app.serving.queue_length)
     known = app.network.peers.get(peer)
@@ -131,7 +128,7 @@ def _holder(app: "App", peer: PeerId) -> expert.Holder:
     return expert.Holder(peer_id=peer, rtt_ms=rtt_ms, queue=app.adverts.queue_of(peer))
 
 
-def _held(app: "App", blocks: dict[Subject, BlockId]) -> expert.HeldResult:
+def _held(app: App, blocks: dict[Subject, BlockId]) -> expert.HeldResult:
     now = held(app)
     return expert.HeldResult(
         subjects=[str(subject) for subject in blocks], experts=now.experts, bytes=now.bytes

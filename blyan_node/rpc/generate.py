@@ -1,18 +1,14 @@
 """`generate.run` and `forward.run`."""
 
-from typing import TYPE_CHECKING
-
 import trio
 
+from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from protocols.rpc import generate
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
-
 
 async def run(
-    app: "App", request: generate.GenerateRequest, context: Context
+    app: App, request: generate.GenerateRequest, context: Context
 ) -> generate.GenerateResult:
     """Answers a prompt; a cancelled request answers with what it has."""
     cancelled = trio.Event()
@@ -23,7 +19,7 @@ async def run(
 
 
 async def forward(
-    app: "App", request: generate.ForwardRequest, context: Context
+    app: App, request: generate.ForwardRequest, context: Context
 ) -> generate.ForwardResult:
     """One pass over a prompt, written to a file."""
     return await app.generation.forward(request, progress=context.progress)

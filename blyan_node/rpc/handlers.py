@@ -2,16 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from blyan_node.parts import App
 from blyan_node.rpc import calls, chain, events, expert, generate, model, node
 from blyan_node.rpc.connection import Bound
 from blyan_node.rpc.context import Context
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
-
-Handler = Callable[["App", Any, Context], Awaitable[object]]
+Handler = Callable[[App, Any, Context], Awaitable[object]]
 
 HANDLERS: Mapping[str, Handler] = {
     "node.status": node.status,
@@ -46,6 +44,6 @@ HANDLERS: Mapping[str, Handler] = {
 }
 
 
-def handlers(app: "App") -> dict[str, Bound]:
+def handlers(app: App) -> dict[str, Bound]:
     """The handlers of one node."""
     return {name: partial(handler, app) for name, handler in HANDLERS.items()}

@@ -3,10 +3,10 @@
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
+from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
@@ -25,13 +25,8 @@ from protocols.ids import (
 from protocols.rpc import model
 from storage.pins import Pin
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
 
-
-async def publish(
-    app: "App", request: model.PublishRequest, context: Context
-) -> model.PublishResult:
+async def publish(app: App, request: model.PublishRequest, context: Context) -> model.PublishResult:
     """A directory becomes blocks; with `wait_replicas` the answer waits for their holders."""
     done = await app.publish.publish(Path(request.path), request.name, context.progress)
     if request.wait_replicas is not None:
@@ -49,13 +44,13 @@ async def publish(
     )
 
 
-async def list_models(app: "App", request: model.ListRequest, context: Context) -> model.ListResult:
+async def list_models(app: App, request: model.ListRequest, context: Context) -> model.ListResult:
     """The models that the node knows, by name."""
     found = [_info(app, block) for block in app.chain.models().values()]
     return model.ListResult(models=sorted(found, key=lambda info: (info.name, info.model)))
 
 
-async def show(app: "App", request: model.ShowRequest, context: Context) -> model.ShowResult:
+async def show(app: App, request: model.ShowRequest, context: Context) -> model.ShowResult:
     """One model and the head of each of its parts."""
     block = app.chain.find_model(request.model)
     info = _info(app, block)
@@ -75,7 +70,7 @@ async def show(app: "App", request: model.ShowRequest, context: Context) -> mode
     )
 
 
-def _info(app: "App", block: Block) -> model.ModelInfo:
+def _info(app: App, block: Block) -> model.ModelInfo:
     heads = app.chain.heads(block.id)
     experts = [id for subject, id in heads.items() if parse_subject(subject).expert is not None]
     sizes = (app.store.block(id) for id in heads.values())
@@ -91,7 +86,7 @@ def _info(app: "App", block: Block) -> model.ModelInfo:
     )
 
 
-def _subject(app: "App", id: BlockId) -> model.SubjectInfo:
+def _subject(app: App, id: BlockId) -> model.SubjectInfo:
     _, manifest = app.store.body(id)
     return model.SubjectInfo(
         block=cid_text(id),
@@ -108,7 +103,7 @@ def _by_place(item: tuple[Subject, BlockId]) -> tuple[int, int, int, str]:
     return 1, name.layer, -1 if name.expert is None else name.expert, name.kind
 
 
-async def fetch(app: "App", request: model.FetchRequest, context: Context) -> model.FetchResult:
+async def fetch(app: App, request: model.FetchRequest, context: Context) -> model.FetchResult:
     """Stores every block of a model here, to stay."""
     id = app.chain.find_model(request.model).id
     root = None if request.root is None else parse_root(request.root)
@@ -122,11 +117,11 @@ async def fetch(app: "App", request: model.FetchRequest, context: Context) -> mo
     return model.FetchResult(blocks=len(missing), bytes=came, peers=shares)
 
 
-def _not_stored(app: "App", blocks: list[BlockId]) -> list[BlockId]:
+def _not_stored(app: App, blocks: list[BlockId]) -> list[BlockId]:
     return [id for id in blocks if not app.store.is_stored(id)]
 
 
-async def verify(app: "App", request: model.VerifyRequest, context: Context) -> model.VerifyResult:
+async def verify(app: App, request: model.VerifyRequest, context: Context) -> model.VerifyResult:
     """Reads and checks every stored byte of a model."""
     block = app.chain.find_model(request.model)
     found = await app.verify.verify(block.id, context.progress)
@@ -141,7 +136,7 @@ async def verify(app: "App", request: model.VerifyRequest, context: Context) -> 
     )
 
 
-async def wait(app: "App", request: model.WaitRequest, context: Context) -> model.WaitResult:
+async def wait(app: App, request: model.WaitRequest, context: Context) -> model.WaitResult:
     """Waits for holders."""
     block = app.chain.find_model(request.model)
     replicas = await app.placement.wait_replicas(
@@ -150,7 +145,7 @@ async def wait(app: "App", request: model.WaitRequest, context: Context) -> mode
     return model.WaitResult(replicas=replicas)
 
 
-async def export(app: "App", request: model.ExportRequest, context: Context) -> model.ExportResult:
+async def export(app: App, request: model.ExportRequest, context: Context) -> model.ExportResult:
     """Writes a Hugging Face directory."""
     block = app.chain.find_model(request.model)
     root = None if request.root is None else parse_root(request.root)
@@ -158,7 +153,7 @@ async def export(app: "App", request: model.ExportRequest, context: Context) -> 
     return model.ExportResult(path=str(done.path), files=done.files, bytes=done.bytes)
 
 
-async def update(app: "App", request: model.UpdateRequest, context: Context) -> model.UpdateResult:
+async def update(app: App, request: model.UpdateRequest, context: Context) -> model.UpdateResult:
     """Publishes a new version of one part."""
     block = app.chain.find_model(request.model)
     subject = Subject(request.subject)

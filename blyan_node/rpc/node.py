@@ -1,17 +1,13 @@
 """`node.*` and `network.*`."""
 
-from typing import TYPE_CHECKING
-
+from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from blyan_node.services.holding import Reason
 from protocols.ids import cid_text
 from protocols.rpc import node
 
-if TYPE_CHECKING:
-    from blyan_node.app import App
 
-
-async def status(app: "App", request: node.StatusRequest, context: Context) -> node.StatusResult:
+async def status(app: App, request: node.StatusRequest, context: Context) -> node.StatusResult:
     """What the node is, does and waits for."""
     stats = app.store.stats()
     return node.StatusResult(
@@ -30,18 +26,18 @@ async def status(app: "App", request: node.StatusRequest, context: Context) -> n
     )
 
 
-def held(app: "App") -> node.Held:
+def held(app: App) -> node.Held:
     """The experts that are kept for others."""
     kept = [expert for expert in app.holding.held() if expert.reason is not Reason.PASSING]
     return node.Held(experts=len(kept), bytes=sum(expert.bytes for expert in kept))
 
 
-async def show_id(app: "App", request: node.IdRequest, context: Context) -> node.IdResult:
+async def show_id(app: App, request: node.IdRequest, context: Context) -> node.IdResult:
     """The node's name in the network."""
     return node.IdResult(peer_id=app.identity.peer_id, addrs=list(app.network.addrs))
 
 
-async def peers(app: "App", request: node.PeersRequest, context: Context) -> node.PeersResult:
+async def peers(app: App, request: node.PeersRequest, context: Context) -> node.PeersResult:
     """The nodes that it is connected to."""
     found = [
         node.PeerInfo(
@@ -56,13 +52,13 @@ async def peers(app: "App", request: node.PeersRequest, context: Context) -> nod
     return node.PeersResult(peers=found)
 
 
-async def stop(app: "App", request: node.StopRequest, context: Context) -> node.StopResult:
+async def stop(app: App, request: node.StopRequest, context: Context) -> node.StopResult:
     """Begins to stop the node; the answer is still sent."""
     context.after_reply(app.stop)
     return node.StopResult(stopping=True)
 
 
-async def network(app: "App", request: node.NetworkRequest, context: Context) -> node.NetworkResult:
+async def network(app: App, request: node.NetworkRequest, context: Context) -> node.NetworkResult:
     """The genesis of the network that the node is in."""
     genesis = app.config.genesis
     return node.NetworkResult(

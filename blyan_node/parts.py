@@ -1,0 +1,54 @@
+"""What a node consists of, by name: made by `blyan_node.app`, used by the RPC's handlers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blyan_node.config import Config
+from blyan_node.network.network import Network
+from blyan_node.services.chain import Chain
+from blyan_node.services.directory import Adverts
+from blyan_node.services.export import Export
+from blyan_node.services.fetch import Fetch
+from blyan_node.services.generation import Generation
+from blyan_node.services.gossip import Gossip
+from blyan_node.services.holding import Holding
+from blyan_node.services.layers import Layers
+from blyan_node.services.models import Models
+from blyan_node.services.placement import Placement
+from blyan_node.services.publish import Publish
+from blyan_node.services.serving import Serving
+from blyan_node.services.supply import Supply
+from blyan_node.services.sync import Sync
+from blyan_node.services.update import Update
+from blyan_node.services.verify import Verify
+from protocols.signing import Identity
+from storage.store import Store
+
+
+@dataclass(frozen=True)
+class App:
+    """A node's objects, for the RPC's handlers. `stop` ends the node as a signal would."""
+
+    config: Config
+    identity: Identity
+    version: str
+    profile: str
+    store: Store
+    network: Network
+    chain: Chain
+    sync: Sync
+    gossip: Gossip
+    fetch: Fetch
+    supply: Supply
+    models: Models
+    holding: Holding
+    serving: Serving
+    adverts: Adverts
+    layers: Layers
+    generation: Generation
+    placement: Placement
+    publish: Publish
+    update: Update
+    export: Export
+    verify: Verify
+    stop: Callable[[], None]
