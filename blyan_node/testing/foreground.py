@@ -2,10 +2,12 @@
 
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,16 +29,16 @@ class Foreground:
         self.home = home
         self.log = home.parent / f"{home.name}.log"
         words = ["start", "--home", home, "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", 1]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                _command(*words, *options, "--json"), stdout=subprocess.PIPE, stderr=log
-            )
+        self.process = subprocess.Popen(
+            _command(*words, *options, "--json"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self._copying = threading.Thread(target=self._copy, daemon=True)
+        self._ready: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._copying.start()
 
     def __enter__(self) -> Node:
-        assert self.process.stdout is not None
-        first = self.process.stdout.readline()
-        assert first, self.log.read_text()[-3000:]
-        ready = json.loads(first)
+        ready = self._ready.get(timeout=SAYS_S_MAX)
+        assert ready is not None, self.log.read_text()[-3000:]
         return Node(
             self.home.name, self.home, ready["rpc"], ready["peer_id"], ready["addrs"],
             self.process.pid, ready["role"],
@@ -50,15 +52,12 @@ class Foreground:
     ) -> None:
         self.process.kill()
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self._copying.join()
 
     def ends(self) -> None:
-        """Waits for the end that it was told to come to: in time, with 0, and without a traceback.
-
-        What is at the end of its log is whatever it said last.
-        """
+        """Waits for the end that it was told to come to: in time, with 0, without a traceback."""
         code = self.process.wait(ENDS_S_MAX)
+        self._copying.join()
         said = self.log.read_text()
         assert code == 0, said[-3000:]
         assert "Traceback" not in said, said[-3000:]
@@ -68,6 +67,16 @@ class Foreground:
         """What `fsck` says of the home; the daemon is down."""
         report: dict[str, Any] = blyan("fsck", "--home", self.home)
         return report
+
+    def _copy(self) -> None:
+        """What the daemon says goes to the log; nothing that it says may block it."""
+        assert self.process.stdout is not None
+        with self.process.stdout as lines, self.log.open("ab", buffering=0) as log:
+            for line in lines:
+                log.write(line)
+                if b'"event": "ready"' in line:
+                    self._ready.put(json.loads(line))
+        self._ready.put(None)
 
 
 @dataclass
