@@ -101,8 +101,12 @@ class GuardedSwarm(Swarm):
             await muxed_conn.close()
             raise SwarmException(f"peer {peer} is not admitted")
         conn = await super().add_conn(muxed_conn, direction)
-        if not conn.is_closed:
-            self.events.connected(peer, dialled=direction == "outbound")
+        if conn.is_closed:
+            # It ended while it was being registered: the stock swarm would list it for ever, as a
+            # peer that seems connected and a slot that is never free.
+            self.remove_conn(conn)
+            raise SwarmException(f"the connection with {peer} ended at once")
+        self.events.connected(peer, dialled=direction == "outbound")
         return conn
 
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
@@ -125,6 +129,12 @@ class GuardedSwarm(Swarm):
         except Exception as error:  # garbage in a handshake; py-libp2p's errors share no base
             log.debug("inbound connection failed: %r", error)
             await raw.close()
+
+    async def stop_listening(self) -> None:
+        """Closes the listeners, which the stock swarm leaves open when its service is stopped."""
+        for listener in list(self.listeners.values()):
+            await listener.close()
+        self.listeners.clear()
 
     async def abort_all(self) -> None:
         """Closes every socket at once, for when closing politely takes too long."""

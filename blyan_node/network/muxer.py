@@ -62,6 +62,8 @@ class GuardedYamux(Yamux):
             await self._cleanup_on_error()
         finally:
             self.event_started.set()  # Swarm.add_conn waits for it, whatever happened
+            with trio.CancelScope(shield=True):  # a swarm that stops forgets sockets half closed
+                await self.abort()
 
     async def _write_frame(self, data: bytes) -> None:
         async with self._write_lock:

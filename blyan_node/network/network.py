@@ -227,6 +227,7 @@ class Network:
     async def _goodbye(self) -> None:
         self._nursery = None
         with trio.move_on_after(close_s_max / 2):
+            await self._swarm.stop_listening()
             async with trio.open_nursery() as nursery:
                 for conn in self._swarm.get_connections():
                     nursery.start_soon(_close_quietly, conn.close)

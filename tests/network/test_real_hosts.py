@@ -155,6 +155,16 @@ async def test_a_peer_that_stops_is_noticed_at_once() -> None:
 
 
 @trio_test
+async def test_nothing_is_left_open() -> None:
+    alice = node(1)
+    async with running(alice):
+        port = int(alice.addrs[0].split("/")[4])
+        await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+    with pytest.raises(OSError, match="attempts"):
+        await trio.open_tcp_stream("127.0.0.1", port)
+
+
+@trio_test
 async def test_gossip_reaches_all_once() -> None:
     alice = node(1)
     inboxes = [alice.subscribe("blocks", accept, 100)]
