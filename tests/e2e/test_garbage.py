@@ -8,6 +8,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,7 +30,10 @@ from multiaddr import Multiaddr
 
 from blyan_node.bench.models import write_model
 from blyan_node.testing.daemons import Node, Testnet
-from protocols import limits
+from protocols import hello, limits
+from protocols.channel.frames import HEADER, FrameKind
+from protocols.dag.genesis import Genesis
+from protocols.sync.messages import CHUNKS, SYNC, BlocksRequest, ChunksRequest, LogRequest
 from protocols.tensors.manifest import Dtype
 
 SEED = random.SystemRandom().getrandbits(32)
@@ -247,3 +251,62 @@ def test_random_bytes_on_each_protocol(alice: Node) -> None:
     ours = {"hello", "sync", "chunks", "expert", "adverts"}
     assert ours <= {protocol.split("/")[2] for protocol in spoken if "/blyan/" in protocol}
     assert {"/meshsub/1.1.0", "/ipfs/kad/1.0.0", "/ipfs/ping/1.0.0"} <= set(spoken)
+
+
+def _request_frame(number: int, data: bytes) -> bytes:
+    return HEADER.pack(FrameKind.REQUEST, number, len(data), len(data)) + data
+
+
+def _spoilt(rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    """Messages in good frames: of no kind, of good kinds with random fields, and nearly right."""
+    good = {
+        "/blyan/sync/1": [SYNC.encode(LogRequest(0, 100)), SYNC.encode(BlocksRequest([bytes(36)]))],
+        "/blyan/chunks/1": [CHUNKS.encode(ChunksRequest([bytes(32)]))],
+        "/blyan/hello/1": [],
+        "/blyan/expert/1": [],
+        "/blyan/adverts/1": [],
+    }
+    for protocol, messages in good.items():
+        for kind in range(9):
+            yield protocol, bytes((kind,)) + rng.randbytes(rng.randrange(300))
+            yield protocol, bytes((kind,)) + b"\x91" * rng.randrange(5_000)  # lists in lists
+        for message in messages * 20:
+            data = bytearray(message)
+            data[rng.randrange(len(data))] = rng.randrange(256)
+            yield protocol, bytes(data)
+
+
+def test_bad_messages_of_a_peer_that_said_hello(alice: Node, pair: Testnet) -> None:
+    """Once it has lost its score it is sent away, and comes back under another name."""
+    genesis = Genesis.from_json(Path(pair.run("status")["network"]).read_text())
+    ours = hello.hello_of(
+        genesis.id, genesis.name, version="0", role="gpu", profile="none",
+        summary=hello.HelloSummary(), addrs=[], peers=[],
+    )  # fmt: skip
+    greeting = _request_frame(1, hello.MESSAGES.encode(ours))
+    asked = _request_frame(2, SYNC.encode(LogRequest(0, 100)))
+    rng = random.Random(SEED)
+    spoilt = list(_spoilt(rng))
+    rng.shuffle(spoilt)
+    answered = 0
+
+    async def ask(host: IHost, victim: ID, protocol: str, data: bytes) -> bytes:
+        stream = await host.new_stream(victim, [TProtocol(protocol)])
+        await stream.write(data)
+        return await stream.read(65536)
+
+    async def attack() -> None:
+        nonlocal answered
+        while spoilt:
+            async with _stranger(alice) as (host, victim):
+                for protocol, good in ((hello.PROTOCOL, greeting), (SYNC.protocol, asked)):
+                    assert (await ask(host, victim, protocol, good))[0] == FrameKind.REPLY
+                with suppress(Exception):  # it hangs up, in one way or another
+                    for number in range(3, 40):
+                        protocol, message = spoilt.pop()
+                        with trio.move_on_after(1):
+                            await ask(host, victim, protocol, _request_frame(number, message))
+                            answered += 1
+
+    _attack(attack)
+    assert answered

@@ -12,7 +12,7 @@ import pytest
 
 from blyan_node.bench.models import write_model
 from blyan_node.testing.daemons import Node, Testnet, alive
-from blyan_node.testing.foreground import Command, Foreground, command
+from blyan_node.testing.foreground import ENDS_S_MAX, Command, Foreground, command
 from protocols.errors import ErrorCode
 from protocols.tensors.manifest import Dtype
 
@@ -198,11 +198,16 @@ def test_a_daemon_that_just_starts_can_be_ended(tmp_path: Path) -> None:
     with daemon as erin:
         _by_signal(signal.SIGTERM)(erin)
         daemon.ends()
-    again = Foreground(tmp_path / "erin")
+
+
+def test_a_daemon_that_is_not_ready_yet_can_be_ended(tmp_path: Path) -> None:
+    """Its home is made and the engine is being imported."""
+    daemon = Foreground(tmp_path / "frank")
     try:
-        (tmp_path / "erin" / "data").stat()
-        again.process.send_signal(signal.SIGINT)
-        assert again.process.wait(10) in (0, -signal.SIGINT, INTERRUPTED)
-        assert "Traceback" not in again.log.read_text()
+        while not (tmp_path / "frank" / "config.toml").exists():
+            assert daemon.process.poll() is None
+        daemon.process.send_signal(signal.SIGINT)
+        assert daemon.process.wait(ENDS_S_MAX) in (0, INTERRUPTED)
     finally:
-        again.__exit__(None, None, None)
+        daemon.__exit__(None, None, None)
+    assert "Traceback" not in daemon.log.read_text()
