@@ -39,7 +39,8 @@ def test_a_request_and_its_reply() -> None:
 
 def test_a_refusal_says_all_that_refused_says() -> None:
     asker, answerer = Asker(), Answerer()
-    busy = Refused(ErrorCode.BUSY, "busy", "256 wait", "ask another", {"queue": 256, "id": b"x", "l": [1]})
+    data = {"queue": 256, "id": b"x", "l": [1]}
+    busy = Refused(ErrorCode.BUSY, "busy", "256 wait", "ask another", data)
     for refused in (busy, Refused(ErrorCode.CORRUPT, "w" * 5000, "", "", {"no": set, "b": 1})):
         asker.ask(b"?")
         (asked,) = answerer.receive(drain(asker))
