@@ -92,8 +92,8 @@ KEYS = tuple(field.name for field in msgspec.structs.fields(Settings))
 
 def read_settings(text: str | bytes) -> Settings:
     """The keys of a `config.toml`; raises `RemoteProtocolError` naming the key."""
-    if len(text) > limits.config_bytes_max:
-        raise RemoteProtocolError(FILE, f"over {limits.config_bytes_max} bytes")
+    if len(text) > limits.node_config_bytes_max:
+        raise RemoteProtocolError(FILE, f"over {limits.node_config_bytes_max} bytes")
     try:
         document = tomllib.loads(text if isinstance(text, str) else text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:

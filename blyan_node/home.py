@@ -75,7 +75,7 @@ def open_home(home: Path, *, rpc: Path | None, network: Path | None, options: Se
             {"path": str(home)},
         )
     with (home / config.FILE).open("rb") as file:
-        settings = config.read_settings(file.read(limits.config_bytes_max + 1))
+        settings = config.read_settings(file.read(limits.node_config_bytes_max + 1))
     return config.make_config(home, genesis, rpc, settings, options)
 
 

@@ -45,7 +45,6 @@ model_files_max = 64
 hidden_max = 65_536
 vocab_max = 4_194_304
 top_k_max = 64
-prompt_bytes_max = 4 * MIB
 template_bytes_max = 256 * KIB
 template_lines_max = 1_000_000
 
@@ -180,7 +179,7 @@ prompt_bytes_max = 2 * MIB
 generate_tokens_max = 65_536
 
 # Configuration
-config_bytes_max = 64 * KIB
+node_config_bytes_max = 64 * KIB
 genesis_file_bytes_max = 64 * KIB
 
 assert signed_header_bytes_max < control_message_bytes_max

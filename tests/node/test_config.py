@@ -105,7 +105,7 @@ def test_a_wrong_value_is_an_error_that_names_its_key(line: str, key: str) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["role = ", "[" * 5000, "a.b.c = 1", "\x00", "x" * (limits.config_bytes_max + 1)]
+    "text", ["role = ", "[" * 5000, "a.b.c = 1", "\x00", "x" * (limits.node_config_bytes_max + 1)]
 )
 def test_what_is_no_toml_is_the_same_error(text: str) -> None:
     with pytest.raises(RemoteProtocolError, match=r"config\.toml"):
