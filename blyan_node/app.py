@@ -129,15 +129,26 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
     )
 
 
-async def run_app(config: Config, *, on_ready: Callable[[Mapping[str, object]], None]) -> None:
+async def run_app(
+    config: Config,
+    *,
+    on_ready: Callable[[Mapping[str, object]], None],
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
     """Runs a node until it is cancelled or asked to stop; `on_ready` is told once it serves.
 
+    `on_stop` is told when the RPC asks the node to stop.
     Raises `Refused` if the home is in use, the store cannot be opened or an address not be had.
     """
     identity = load_identity(config.key_file)
     life, network_life = trio.CancelScope(), trio.CancelScope(shield=True)
+
+    def stop() -> None:
+        on_stop()
+        life.cancel()
+
     with open_store(config.data, quota_bytes=config.disk_bytes) as store:
-        app = build(config, identity, store, life.cancel)
+        app = build(config, identity, store, stop)
         async with trio.open_nursery() as outlasting:
             await outlasting.start(_run_within, network_life, app.network)
             try:

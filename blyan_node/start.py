@@ -64,7 +64,7 @@ async def _serve(config: Config, lines: JsonLines | None) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
-            await run_app(config, on_ready=on_ready)
+            await run_app(config, on_ready=on_ready, on_stop=_end_by_force_later)
             nursery.cancel_scope.cancel()
 
 

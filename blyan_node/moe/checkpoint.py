@@ -16,7 +16,12 @@ import numpy as np
 
 from blyan_node.moe.config import ModelConfig, parse_config
 from blyan_node.moe.layout import SubjectLayout, TensorLayout, layout, sources
-from blyan_node.moe.safetensors_file import StoredTensor, read_header, read_pieces
+from blyan_node.moe.safetensors_file import (
+    StoredTensor,
+    read_header,
+    read_pieces,
+    refuse_special,
+)
 from blyan_node.moe.strict_json import parse_json, refuse
 from protocols import limits
 from protocols.ids import Subject
@@ -112,6 +117,7 @@ def _aligned(source: TensorSource) -> memoryview:
 
 
 def _read_small(path: Path) -> bytes:
+    refuse_special(path)
     try:
         if path.stat().st_size > limits.model_file_bytes_max:
             refuse(f"{path.name} is too large: at most {limits.model_file_bytes_max} bytes")

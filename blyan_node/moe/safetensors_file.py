@@ -34,6 +34,7 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name; raises `Refused` (BAD_MODEL) that names file and tensor."""
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -47,6 +48,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         refuse(f"{path.name}: {error.strerror or error}", path=str(path))
     return parse_header(header, size - _LENGTH.size - length, path.name)
+
+
+def refuse_special(path: Path) -> None:
+    """Raises `Refused` (BAD_MODEL) for a pipe or a device: opening one may wait for ever."""
+    if path.exists() and not path.is_file():
+        refuse(f"{path.name} is no regular file", path=str(path))
 
 
 def parse_header(header: bytes, data_bytes: int, where: str) -> dict[str, StoredTensor]:

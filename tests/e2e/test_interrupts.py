@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -211,3 +212,25 @@ def test_a_daemon_that_is_not_ready_yet_can_be_ended(tmp_path: Path) -> None:
     finally:
         daemon.__exit__(None, None, None)
     assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.slow
+def test_stop_does_not_wait_for_a_disk_that_hangs(pair: Testnet, tmp_path: Path) -> None:
+    """A thread of the node writes to a pipe that is full, as it would to a dead network disk."""
+    os.mkfifo(tmp_path / "out.partial")
+    pipe = os.open(tmp_path / "out.partial", os.O_RDONLY | os.O_NONBLOCK)
+    daemon = Foreground(
+        tmp_path / "grace", "--network", pair.run("status")["network"], "--role", "main",
+        "--bootstrap", pair["alice"].addrs[0],
+    )  # fmt: skip
+    with daemon as grace:
+        grace.until("the models", lambda: len(grace("model", "list")["models"]) >= 2)
+        params = {"model": "small", "prompt_ids": [3] * 400, "out": str(tmp_path / "out")}
+        with grace.stream("forward.run", params):
+            poll = select.poll()
+            poll.register(pipe, select.POLLIN)
+            assert poll.poll(60_000), "nothing was written"
+            grace("stop")
+            assert daemon.process.wait(ENDS_S_MAX) == 0
+    os.close(pipe)
+    assert daemon.fsck()["ok"]

@@ -1,6 +1,7 @@
 """safetensors: read as the specification says, written so that the library reads it."""
 
 import json
+import os
 import random
 import struct
 from copy import deepcopy
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blyan_node.moe.arrays import write_tensors
+from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.safetensors_file import parse_header, read_header, read_pieces
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
@@ -128,3 +130,12 @@ def test_ten_thousand_broken_headers() -> None:
         else:
             read += 1
     assert 20 < read < 9_000
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.safetensors")
+    with pytest.raises(Refused, match="no regular file"):
+        read_header(tmp_path / "w.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(Refused, match="no regular file"):
+        Checkpoint.open(tmp_path)
