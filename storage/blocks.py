@@ -26,6 +26,7 @@ from storage.engine import Row
 from storage.errors import Corrupt
 from storage.heads import HeadRows, ModelHeads, release_root_row
 from storage.index import Index
+from storage.pins import Pin
 
 ManifestRow = tuple[ManifestId, bytes]
 Releases = Mapping[BlockId, Mapping[Subject, BlockId]]
@@ -166,12 +167,17 @@ class Blocks:
             self._index.commit(rows, counters=after, sync=sync)
 
     def unstage(self, ids: Sequence[BlockId]) -> None:
-        """Forgets staged blocks; their chunks are left to the garbage collector."""
+        """Forgets staged blocks, with their pins and the manifests that no other block names.
+
+        Their chunks are left to the garbage collector.
+        """
         with self._index.lock:
             gone = [kept.block for id in ids if (kept := self.kept(id)) and kept.seq == 0]
             deletes = [keys.BLOCK.key(b.id) for b in gone]
             deletes += [keys.STAGED.key(b.header.model or b.id, b.id) for b in gone]
             deletes += [keys.SUBJECTS.key(b.id) for b in gone if b.header.kind is Kind.RELEASE]
+            deletes += [keys.PIN.key(b.id, reason) for b in gone for reason in Pin]
+            deletes += [keys.MANIFEST.key(body) for body in self._named_by_none_but(gone)]
             counters = self._index.counters
             after = counters._replace(staged=counters.staged - len(gone))
             self._index.commit([], deletes, counters=after)
@@ -224,6 +230,14 @@ class Blocks:
             known = seqs.get(author) or self.author_seq(author)
             seqs[author] = max(known, block.header.seq)
         return rows + [(keys.AUTHOR.key(a), keys.NUMBER.pack(seq)) for a, seq in seqs.items()]
+
+    def _named_by_none_but(self, gone: Sequence[Block]) -> set[ManifestId]:
+        """The manifests of these blocks that no other block here names."""
+        ids = {block.id for block in gone}
+        bodies = {block.header.body for block in gone if block.header.body is not None}
+        if bodies:
+            bodies -= {kept.block.header.body for kept in self.every() if kept.block.id not in ids}
+        return bodies
 
     def _release_roots(self, blocks: Sequence[Block], releases: Releases) -> Iterator[Row]:
         for block in blocks:

@@ -2,11 +2,14 @@
 
 An `Author` belongs to one node. Its calls block and are made from one thread at a time, under the
 `authoring` limiter of the services that use it: the author's blocks are numbered one after another.
+Who reads heads to make blocks that replace them holds the author's `turn` until these are accepted.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import trio
 
 from protocols.dag.header import CHAIN_OF, Block, Header, Kind
 from protocols.errors import LocalProtocolError
@@ -68,12 +71,13 @@ class Place:
 
 
 class Author:
-    """Signs blocks with the node's key for its network."""
+    """Signs blocks with the node's key for its network. `turn` is held from heads to acceptance."""
 
     def __init__(
         self, store: Store, identity: Identity, network: NetworkId, clock_ms: ClockMs
     ) -> None:
         self.identity = identity
+        self.turn = trio.Lock()
         self._store = store
         self._network = network
         self._clock_ms = clock_ms

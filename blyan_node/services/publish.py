@@ -72,11 +72,10 @@ class Publish:
         self._chain = chain
         self._author = author
         self._authoring = authoring
-        self._one_at_a_time = trio.Lock()
 
     async def publish(self, path: Path, name: str, progress: Progress = silent) -> Published:
         """Publishes the directory `path` as the model `name`; raises `Refused`."""
-        async with self._one_at_a_time:
+        async with self._author.turn:
             write = partial(self._write, path, name, progress)
             draft = await trio.to_thread.run_sync(write, limiter=self._authoring)
             if draft.release is not None:
@@ -99,16 +98,20 @@ class Publish:
         checkpoint = Checkpoint.open(path)
         writing = _Writing(self._store, self._author, checkpoint, name, progress)
         with self._store.ingest() as ingest:
-            return writing.draft(ingest)
+            draft = writing.draft(ingest)
+        # Before anybody is told: whatever ends this process now, what was told of is kept.
+        releases = list(self._store.releases(draft.model))
+        if draft.release is not None:
+            releases.append(draft.release[0].id)
+        self._store.pin(draft.model, *draft.subjects.values(), *releases, reason=Pin.PUBLISHED)
+        return draft
 
     def _tidy(self, draft: _Draft) -> None:
-        """What the release left out was of a publish that never ended; what it lists is kept."""
+        """Forgets what the release left out: it was of a publish that never ended."""
         left_over = self._store.staged(draft.model)
         if left_over:
             self._store.unstage(left_over)
             collect(self._store)
-        kept = [draft.model, *draft.subjects.values()]
-        self._store.pin(*kept, *self._store.releases(draft.model), reason=Pin.PUBLISHED)
 
 
 class _Writing:
@@ -220,7 +223,7 @@ class _Writing:
         first = first_releases(model, self._store)
         base = follow(first[0], self._store) if first else None
         block = self._author.block(Place(Kind.RELEASE, model, None, base), body)
-        self._store.stage([], [body.row], release_subjects={block.id: subjects})
+        self._store.stage([block], [body.row], release_subjects={block.id: subjects})
         return block, body
 
     def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -39,7 +39,6 @@ class Update:
         self._chain = chain
         self._author = author
         self._authoring = authoring
-        self._one_at_a_time = trio.Lock()
 
     async def update(
         self, model: BlockId, subject: Subject, weights: Path, base: BlockId | None = None
@@ -49,7 +48,7 @@ class Update:
         `base` is the head that the author means to replace, None for whichever is current. Bytes
         that are the head's already make no new block. Raises `Refused`.
         """
-        async with self._one_at_a_time:
+        async with self._author.turn:
             write = partial(self._write, model, subject, weights, base)
             head, made = await trio.to_thread.run_sync(write, limiter=self._authoring)
             if made is not None:
@@ -57,8 +56,6 @@ class Update:
                 await self._chain.submit([block], [body.row], None)
                 require_accepted(self._store, block)
                 head = block.id
-                pin = partial(self._store.pin, head, reason=Pin.PUBLISHED)
-                await trio.to_thread.run_sync(pin, limiter=self._authoring)
         replaced = self._store.block(head)
         assert replaced is not None
         heads = self._store.heads(model)
@@ -85,6 +82,7 @@ class Update:
             block = self._author.block(place, body)
             # From here on the garbage collector knows the chunks by the manifest of a staged block.
             self._store.stage([block], [body.row])
+            self._store.pin(block.id, reason=Pin.PUBLISHED)
         return head, (block, body)
 
     def _require_author(self, model: BlockId) -> None:

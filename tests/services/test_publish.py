@@ -1,7 +1,7 @@
 """Publishing, updating, exporting and verifying over a store alone."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from blyan_node.testing.trio_tests import trio_test
 from protocols.dag.admission import Accepted, admit
 from protocols.dag.genesis import DEVELOPMENT
 from protocols.dag.header import Block
+from protocols.dag.heads import heads_of
 from protocols.dag.validate import validate_header
 from protocols.errors import ErrorCode, Refused
-from protocols.ids import Subject, cid_text, model_root
+from protocols.ids import BlockId, Subject, cid_text, model_root
 from storage.blocks import ManifestRow
 from storage.fsck import check
 from storage.gc import collect, drop_body
@@ -189,11 +190,12 @@ async def test_an_interrupted_publish_goes_on_where_it_was(store, tiny) -> None:
         await alice.publish.publish(tiny, "tiny")
     staged = store.stats()
     assert staged.accepted == 0 and staged.staged > 18
-    assert collect(store) > 0  # the body of the release that came to nothing, no more
+    assert collect(store) == 0  # not even the body of the release that came to nothing
     alice.publish._chain = submitted
     first = await alice.publish.publish(tiny, "tiny")
     assert first.reused_bytes == first.bytes
-    assert first.blocks == store.stats().accepted == staged.staged + 1
+    assert first.blocks == store.stats().accepted == staged.staged
+    assert store.stats().staged == 0 and check(store).ok
 
 
 @trio_test
@@ -234,6 +236,79 @@ async def test_an_update_is_a_compare_and_swap(store, tiny, tmp_path) -> None:
     same = await alice.update.update(first.model, EXPERT, file)
     assert (same.block, same.root) == (updated.block, updated.root)
     assert check(store).ok
+
+
+class Watching(LoneChain):
+    """Calls `seen` with what is submitted, before it is decided about."""
+
+    def __init__(self, store: Store, seen: Callable[[Block], Awaitable[None]]) -> None:
+        super().__init__(store)
+        self.seen = seen
+
+    async def submit(
+        self, blocks: Sequence[Block], manifests: Sequence[ManifestRow], source: None
+    ) -> None:
+        await self.seen(blocks[0])
+        await super().submit(blocks, manifests, source)
+
+
+def expert_file(store: Store, model: BlockId, path: Path, value: float) -> Path:
+    import torch
+
+    _, manifest = store.body(store.heads(model)[EXPERT])
+    save_file({e.name: torch.full(e.shape, value) for e in manifest.tensors}, path)
+    return path
+
+
+@trio_test
+async def test_an_update_during_a_publish_replaces_what_was_published(
+    store, tiny, tmp_path
+) -> None:
+    """The publish has read the heads: an update that read the same ones would be a fork."""
+    alice = node(store)
+    first = await alice.publish.publish(tiny, "tiny")
+    file = expert_file(store, first.model, tmp_path / "w.safetensors", 0.25)
+    updating: list[Block] = []
+
+    async def seen(block: Block) -> None:
+        if block.header.subject is not None:
+            updating.append(block)
+            return
+        nursery.start_soon(alice.update.update, first.model, EXPERT, file)
+        while not updating and not author.turn.statistics().tasks_waiting:
+            await trio.sleep(0)
+
+    alice.publish._chain = alice.update._chain = Watching(store, seen)
+    author = alice.publish._author
+    async with trio.open_nursery() as nursery:
+        await alice.publish.publish(changed(tiny, tmp_path / "b"), "tiny")
+        published = store.heads(first.model)[EXPERT]
+    (update,) = updating
+    assert update.header.base == published
+    assert store.heads(first.model)[EXPERT] == update.id
+    whole = heads_of(first.model, store)
+    assert whole is not None and not whole.forks
+    assert check(store).ok
+
+
+@trio_test
+async def test_what_others_are_told_of_is_kept_from_before_they_are_told(
+    store, tiny, tmp_path
+) -> None:
+    """Its pins and its chunks outlive a cancellation, a crash and a collection at that moment."""
+    alice = node(store)
+
+    async def seen(block: Block) -> None:
+        collect(store)
+        assert store.is_stored(block.id)
+        assert Pin.PUBLISHED in store.pins.of(block.id)
+
+    alice.publish._chain = alice.update._chain = Watching(store, seen)
+    first = await alice.publish.publish(tiny, "tiny")
+    file = expert_file(store, first.model, tmp_path / "w.safetensors", 0.25)
+    await alice.update.update(first.model, EXPERT, file)
+    for id in (first.model, *store.heads(first.model).values(), *store.releases(first.model)):
+        assert store.pins.of(id) == {Pin.PUBLISHED} and store.is_stored(id)
 
 
 @pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "dtype"])

@@ -82,6 +82,24 @@ def test_unstaged_blocks_are_forgotten(make_store) -> None:
     assert store.stats().staged == 1
 
 
+def test_what_was_unstaged_leaves_no_manifest_and_no_pin(make_store) -> None:
+    """Else a peer could fill the index with manifests of publishes that never end."""
+    store = make_store()
+    alice = Author("alice")
+    model, part, *_ = alice.publish()
+    data = b"".join(data for _, data in part.chunks)
+    twin = alice.part(model.id, str(part.block.header.subject), data)
+    assert twin.manifest_id == part.manifest_id and twin.id != part.id
+    write(store, [model, part, twin])
+    store.pin(part.id, reason=Pin.PUBLISHED)
+    store.unstage([part.id])
+    assert store.pins.of(part.id) == set()
+    assert store.manifest(twin.manifest_id) == twin.manifest  # another block needs it
+    store.unstage([twin.id])
+    assert store.manifest(twin.manifest_id) is None
+    assert store.manifest(model.manifest_id) is not None
+
+
 def test_the_largest_seq_of_an_author(make_store) -> None:
     store = make_store()
     alice = Author("alice")
