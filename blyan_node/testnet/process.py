@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,19 @@ def spawn(arguments: Sequence[str], log: Path) -> Process:
         )
     _CHILDREN.append(child)
     return Process(child.pid, start_time(child.pid) or "")
+
+
+@contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done, then raises `KeyboardInterrupt`."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 # Kept so that a child which ends while we watch is reaped and not taken for alive.

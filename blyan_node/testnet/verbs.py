@@ -178,9 +178,11 @@ def _spawn(folder: Path, testnet: Testnet, member: Member) -> None:
     line = ["start", "--home", str(home), "--rpc", member.rpc, "--json"]
     for key, value in settings.items():
         line += ["--set", f"{key}={json.dumps(value)}"]
-    started = process.spawn(line, _log(folder, member))
-    member.pid, member.started = started.pid, started.started
-    state.save(folder, testnet)
+    # Between the start of a daemon and the note of it, Ctrl-C would leave one that nobody knows.
+    with process.interrupt_later():
+        started = process.spawn(line, _log(folder, member))
+        member.pid, member.started = started.pid, started.started
+        state.save(folder, testnet)
 
 
 def _await_ready(folder: Path, testnet: Testnet, member: Member) -> None:

@@ -132,6 +132,15 @@ def test_daemons_come_go_and_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ctrl_c_is_held_back_until_a_daemon_is_noted() -> None:
+    noted: list[str] = []
+    with pytest.raises(KeyboardInterrupt), process.interrupt_later():
+        os.kill(os.getpid(), signal.SIGINT)
+        noted.append("daemon")
+    assert noted == ["daemon"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_ctrl_c_during_up_leaves_no_process(tmp_path: Path) -> None:
     folder = tmp_path / "net"
     line = [sys.executable, "-m", "cli.main", "testnet", "up", "--nodes", "2", "--dir", str(folder)]
