@@ -20,6 +20,7 @@ parked_bytes_max = 16 * MIB
 staged_blocks_per_peer_max = 65_537
 staged_bytes_per_peer_max = 512 * MIB
 staged_blocks_max = 4 * staged_blocks_per_peer_max
+staged_bytes_max = 4 * staged_bytes_per_peer_max
 
 # Tensors
 chunk_bytes = 256 * KIB
@@ -70,7 +71,7 @@ sync_retry_s = 1  # after a walk that failed; twice as long each time, up to syn
 sync_pulls_max = 8  # blocks from gossip that are being completed
 sync_pulls_per_peer_max = 2
 sync_pull_rounds_max = 10
-sync_idle_rounds_max = 2  # rounds that bring nothing, after which a page is given up for now
+sync_idle_rounds_max = 3  # rounds that bring nothing, after which a page is given up for now
 blocks_heard_max = 256  # gossiped blocks that wait to be taken in; the oldest goes
 chain_events_max = 1_024  # events that a listener lets wait; the oldest goes
 chunks_per_request_max = 8

@@ -52,6 +52,7 @@ class StagedBySource:
     def __init__(self) -> None:
         self._of: dict[str, _Staged] = {}
         self._source: dict[BlockId, str] = {}
+        self.bytes = 0
 
     def add(self, block: BlockId, size: int, source: str) -> None:
         """Counts a staged block against its source."""
@@ -61,12 +62,15 @@ class StagedBySource:
             self._of[source] = of  # the newest is last
             of.blocks[block] = size
             of.bytes += size
+            self.bytes += size
 
     def remove(self, block: BlockId) -> None:
         """The block is staged no more."""
         if (source := self._source.pop(block, None)) is not None:
             of = self._of[source]
-            of.bytes -= of.blocks.pop(block)
+            size = of.blocks.pop(block)
+            of.bytes -= size
+            self.bytes -= size
             if not of.blocks:
                 del self._of[source]
 
@@ -172,12 +176,18 @@ class Intake:
         if self._staged.over(source):
             session.unstage(self._staged.forget(source))
             raise RemoteProtocolError("block/release", "too many blocks without their release")
-        if session.staged_count > limits.staged_blocks_max and (old := self._staged.stalest()):
+        while (
+            session.staged_count > limits.staged_blocks_max
+            or self._staged.bytes > limits.staged_bytes_max
+        ) and (old := self._staged.stalest()):
             session.unstage(self._staged.forget(old))
 
     def _count_left_over(self, ids: Iterable[BlockId]) -> None:
         for id in ids:
-            self._staged.add(id, limits.header_bytes_max, LEFT_OVER)
+            block = self._store.block(id)
+            if block is not None and block.header.body is not None:
+                manifest = self._store.manifest_bytes(block.header.body)
+                self._staged.add(id, len(block.raw) + len(manifest or b""), LEFT_OVER)
 
 
 class _Session:

@@ -3,6 +3,9 @@
 The pool is bounded by count and by bytes, and each source (a peer) has a share of both. A source
 over its share loses its own oldest block; a full pool takes the oldest block of the source that
 uses most. What is evicted is not lost: sync brings it again in its order.
+
+Of all that a block waits for the pool watches one, the last in order of ids: until that is here the
+block cannot be admitted. Else a release of n blocks would be looked at n times, each time at all n.
 """
 
 from collections.abc import Iterable
@@ -14,7 +17,6 @@ from protocols.dag.header import Block
 from protocols.ids import BlockId
 
 ENTRY_BYTES = 512  # what an entry costs beside its header: indexes and objects
-WAIT_BYTES = 64  # and for each id that it waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Orphan:
 @dataclass(slots=True)
 class _Entry:
     orphan: Orphan
-    waits_for: frozenset[bytes]
+    watched: bytes
     bytes: int
 
     @property
@@ -71,11 +73,11 @@ class OrphanPool:
             source = before.source  # who repeats another's block does not take it over
             manifest = manifest or before.orphan.manifest
             self.remove(parked.block.id)
-        cost = len(parked.block.raw) + ENTRY_BYTES + WAIT_BYTES * len(parked.waits_for)
-        cost += len(manifest or b"")
+        cost = len(parked.block.raw) + ENTRY_BYTES + len(manifest or b"")
         if cost > self._bounds.source_bytes:
             return [parked.block.id]
-        self._insert(_Entry(Orphan(parked.block, source, manifest), parked.waits_for, cost))
+        watched = max(parked.waits_for)
+        self._insert(_Entry(Orphan(parked.block, source, manifest), watched, cost))
         evicted: list[BlockId] = []
         while self._over(source):
             evicted.append(self._evict(source))
@@ -84,12 +86,12 @@ class OrphanPool:
         return evicted
 
     def arrived(self, ids: Iterable[bytes]) -> list[Orphan]:
-        """Takes out the blocks that waited for any of `ids`."""
+        """Takes out the blocks that may have waited for `ids` alone."""
         waiting = {id: None for name in ids for id in self._by_wait.get(name, ())}
         return [entry.orphan for id in waiting if (entry := self.remove(id))]
 
     def missing(self) -> frozenset[bytes]:
-        """Everything that some block waits for."""
+        """What is watched: one of the things that each block waits for."""
         return frozenset(self._by_wait)
 
     def remove(self, id: BlockId) -> _Entry | None:
@@ -97,10 +99,10 @@ class OrphanPool:
         entry = self._entries.pop(id, None)
         if entry is None:
             return None
-        for name in entry.waits_for:
-            self._by_wait[name].pop(id)
-            if not self._by_wait[name]:
-                del self._by_wait[name]
+        waiting = self._by_wait[entry.watched]
+        waiting.pop(id)
+        if not waiting:
+            del self._by_wait[entry.watched]
         self._by_source[entry.source].pop(id)
         self._source_bytes[entry.source] -= entry.bytes
         if not self._by_source[entry.source]:
@@ -111,8 +113,7 @@ class OrphanPool:
     def _insert(self, entry: _Entry) -> None:
         id = entry.orphan.block.id
         self._entries[id] = entry
-        for name in entry.waits_for:
-            self._by_wait.setdefault(name, {})[id] = None
+        self._by_wait.setdefault(entry.watched, {})[id] = None
         self._by_source.setdefault(entry.source, {})[id] = None
         self._source_bytes[entry.source] = self._source_bytes.get(entry.source, 0) + entry.bytes
         self.bytes += entry.bytes

@@ -8,6 +8,7 @@ import pytest
 from blyan_node.services.intake import LEFT_OVER, OURSELVES, Intake, Outcome
 from blyan_node.testing.blocks import Author, Made
 from protocols import limits
+from protocols.dag import admission
 from protocols.dag.admission import Accepted, Duplicate, Parked, Staged
 from protocols.errors import RemoteProtocolError
 from protocols.ids import BlockId
@@ -96,6 +97,37 @@ def test_many_sources_together_are_bounded_too(
     for made in PUBLISHED:
         give(store, intake, made, "bob")
     assert store.is_accepted(PUBLISHED[-1].id)
+
+
+def test_bytes_of_many_sources_together_are_bounded_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "staged_bytes_max", 3_000)
+    intake = Intake(store)
+    for name in ("mallory", "mike", "moe", "mo"):
+        for made in Author(name).publish()[:-1]:
+            give(store, intake, made, name)
+            assert intake._staged.bytes <= 3_000
+    assert intake._staged.bytes == Intake(store)._staged.bytes  # an earlier run's count as much
+
+
+def test_a_release_is_not_looked_at_for_each_block_that_it_lists(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a model of n experts costs n² look-ups, which is many minutes for thousands."""
+    many = ALICE.publish("many", subjects=[f"layer0.expert{i}" for i in range(200)])
+    looked = []
+    plain = admission.check_release
+    monkeypatch.setattr(
+        admission, "check_release", lambda *args, **kw: (looked.append(1), plain(*args, **kw))[1]
+    )
+    intake = Intake(store)
+    give(store, intake, many[0], "bob")
+    give(store, intake, many[-1], "bob")
+    for made in sorted(many[1:-1], key=lambda m: m.id):
+        give(store, intake, made, "bob")
+    assert store.is_accepted(many[-1].id)
+    assert len(looked) < 5
 
 
 def test_what_an_earlier_run_staged_is_counted(store: Store) -> None:
