@@ -5,6 +5,7 @@ does not have something is not waited for. What comes is verified and submitted 
 is submitted before its parents waits in the chain's pool.
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -98,24 +99,34 @@ class Acquire:
             await self._body(block, owner)
 
     async def _bring(self, ids: Sequence[BlockId], owner: PeerId) -> None:
+        """Takes in what peers have of `ids`, and what these wait for that had gone again."""
+        ordered, waits = await self._take_in(ids, owner)
+        for block in ordered:
+            if block.header.kind is Kind.RELEASE and not self._store.is_accepted(block.id):
+                waits |= await self._body(block, owner)
+        # Staged blocks that an earlier page named may have been dropped since, for want of room.
+        lacking = sorted(waits.difference(ids))
+        for at in range(0, len(lacking), limits.sync_page_ids_max):
+            await self._take_in(lacking[at : at + limits.sync_page_ids_max], owner)
+        if len(ordered) < len(ids):
+            raise Unobtainable(f"nobody has {len(ids) - len(ordered)} blocks")
+
+    async def _take_in(
+        self, ids: Sequence[BlockId], owner: PeerId
+    ) -> tuple[list[Block], set[BlockId]]:
+        """Headers and manifests: the blocks of `ids` that came, and those that they wait for."""
         known = await self._in_thread(lambda: [self._store.block(id) for id in ids])
         blocks = {block.id: block for block in known if block is not None}
-        lost: Unobtainable | None = None
-        try:
+        with contextlib.suppress(Unobtainable):  # what did come is taken in all the same
             await self._headers([id for id in ids if id not in blocks], blocks, owner)
-        except Unobtainable as error:
-            lost = error  # what did come is taken in all the same
         ordered = [blocks[id] for id in ids if id in blocks]
         lacking = await self._in_thread(partial(self._without_manifest, ordered))
         whole = [block for block in ordered if block not in lacking]
-        _check(await self._chain.submit(whole, [], owner), owner)
+        outcomes = await self._chain.submit(whole, [], owner)
+        _check(outcomes, owner)
         if lacking:
-            await self._manifests_for(lacking, owner)
-        for block in ordered:
-            if block.header.kind is Kind.RELEASE and not self._store.is_accepted(block.id):
-                await self._body(block, owner)
-        if lost is not None:
-            raise lost
+            outcomes += await self._manifests_for(lacking, owner)
+        return ordered, _waited_for(outcomes)
 
     async def _headers(
         self, ids: Sequence[BlockId], into: dict[BlockId, Block], owner: PeerId
@@ -140,7 +151,7 @@ class Acquire:
 
         await self._run(plan, ask, owner)
 
-    async def _manifests_for(self, blocks: Sequence[Block], owner: PeerId) -> None:
+    async def _manifests_for(self, blocks: Sequence[Block], owner: PeerId) -> list[Outcome]:
         """Gets the manifests of blocks and submits each block when its own has come."""
         of: dict[ManifestId, list[Block]] = {}
         for block in blocks:
@@ -163,17 +174,20 @@ class Acquire:
 
         await self._run(plan, ask, owner, *(peer_id_of(b.header.author) for b in blocks[:1]))
         _check(outcomes, owner)
+        return outcomes
 
-    async def _body(self, release: Block, owner: PeerId) -> None:
-        """Gets the body of a staged release and has it decided about."""
+    async def _body(self, release: Block, owner: PeerId) -> set[BlockId]:
+        """Gets the body of a staged release and has it decided about; what it waits for."""
         if self._store.block(release.id) is None or self._store.is_accepted(release.id):
-            return
+            return set()
         try:
             if self._store.release_subjects(release.id) is None:
                 await self._fetch.fetch([release.id])
-            _check(await self._chain.read_release(release, owner), owner)
+            outcomes = await self._chain.read_release(release, owner)
         except BlockMissing as error:
             raise Unobtainable(str(error)) from None
+        _check(outcomes, owner)
+        return _waited_for(outcomes)
 
     async def _run(
         self,
@@ -206,6 +220,12 @@ class Acquire:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self._reads)
+
+
+def _waited_for(outcomes: Iterable[Outcome]) -> set[BlockId]:
+    """The blocks that are not here and that others wait for."""
+    parked = (o.verdict for o in outcomes if isinstance(o.verdict, Parked))
+    return {id for verdict in parked for id in verdict.blocks}
 
 
 def _check(outcomes: Iterable[Outcome], owner: PeerId) -> None:

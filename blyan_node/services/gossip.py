@@ -16,6 +16,7 @@ from protocols import limits
 from protocols.dag.admission import waits_for_release
 from protocols.dag.header import Block
 from protocols.dag.validate import Stage, decode_block, refuse
+from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, cid_text
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,14 @@ class Gossip:
             nursery.start_soon(self._speak)
             task_status.started()
             async for peer, data in self._heard:
-                nursery.start_soon(self._sync.pull, self._decode(data), peer)
+                try:
+                    block = self._decode(data)
+                except RemoteProtocolError as error:
+                    # It was good when it came: the clock was set back since, so that it lies in
+                    # the future now. It comes again with the next walk.
+                    log.info("a block of %s is dropped: %s", peer, error)
+                    continue
+                nursery.start_soon(self._sync.pull, block, peer)
 
     async def _speak(self) -> None:
         async for event in self._events:

@@ -103,7 +103,7 @@ class Sync:
         with the next walk.
         """
         mine = sum(peer == source for peer in self._pulling.values())
-        if block.id in self._pulling or self._store.is_accepted(block.id):
+        if block.id in self._pulling:
             return
         if mine >= limits.sync_pulls_per_peer_max or self._pulls.available_tokens < 1:
             self.pulls_dropped += 1
@@ -197,6 +197,9 @@ class Sync:
             self._note(walker, walk.left)
             if page is not None:
                 await self._acquire.obtain(page.ids, peer)
+                here = self._store.stats()
+                if page.next > here.accepted + here.staged:  # else it could go on for ever
+                    raise RemoteProtocolError(SYNC_PROTOCOL, "its log names blocks repeatedly")
                 walk.done()
                 keep = partial(self._store.set_cursor, peer, page.log_id, page.next)
                 await trio.to_thread.run_sync(keep, limiter=self._reads)

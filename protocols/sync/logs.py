@@ -16,6 +16,8 @@ from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import BlockId, is_cid
 from protocols.sync.messages import LOG_ID_BYTES, SYNC_PROTOCOL, LogPage, LogRequest
 
+BEGINNINGS_MAX = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -36,6 +38,7 @@ class LogWalk:
         self._page_ids = page_ids
         self._log_id: bytes | None = None
         self._pending: Page | None = None
+        self._begun = 0
         self.cursor = 0
         self.end = 0
 
@@ -66,12 +69,14 @@ class LogWalk:
         self._check(reply, asked)
         self.end = reply.end
         if self._log_id != reply.log_id:
+            self._begin()
             self._log_id = reply.log_id
             self.cursor = self._kept_cursor(reply.log_id)
             if self.cursor > reply.end:
                 self.cursor = 0
             return None
         if reply.end < self.cursor:
+            self._begin()
             self.cursor = 0
             return None
         if not reply.ids:
@@ -87,6 +92,12 @@ class LogWalk:
         self._pending = None
         self.cursor = page.next
         return page
+
+    def _begin(self) -> None:
+        """Counts beginnings: one is usual, and a second one happens."""
+        self._begun += 1
+        if self._begun > BEGINNINGS_MAX:
+            raise RemoteProtocolError(f"{SYNC_PROTOCOL} log", "another log at every page")
 
     def _check(self, reply: LogPage, asked: LogRequest) -> None:
         where = f"{SYNC_PROTOCOL} log"

@@ -1,9 +1,11 @@
 """Nodes that gossip, catch up and agree, over the in-process network."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from blyan_node.services.chain import ReleaseAccepted, UpdateAccepted
 from blyan_node.testing.blocks import Author, Made
@@ -206,6 +208,84 @@ async def test_bad_blocks_in_a_log_cost_the_peer_and_not_the_node(tmp_path: Path
             await trio.sleep(0)
         assert bob.store.block(forged.id) is None
         assert not bob.network._scores.get(alice.peer_id)
+
+
+class Endless(Liar):
+    """A log without an end: `pages` is what it says over and over."""
+
+    async def answer(self, peer: object, message: object) -> object:
+        self.asked += 1
+        return self.page(message) if isinstance(message, LogRequest) else Blocks([], message.ids)
+
+    asked = 0
+    page: Callable[[LogRequest], LogPage]
+
+
+@pytest.mark.parametrize("trick", ["the same blocks", "another name", "shorter and longer"])
+@trio_test
+async def test_a_log_without_an_end_costs_the_peer(tmp_path: Path, trick: str) -> None:
+    fabric = Fabric()
+    alice, bob, mallory = (ChainNode(fabric, n, tmp_path) for n in ("alice", "bob", "mallory"))
+    published = alice.author.publish()
+    ids = [bytes(made.id) for made in published]
+    liar = Endless(mallory)
+
+    def same(asked: LogRequest) -> LogPage:
+        named = ids if asked.limit else []
+        return LogPage(bytes(16), named, asked.after + len(named), 2**40)
+
+    def renamed(asked: LogRequest) -> LogPage:
+        return LogPage(liar.asked.to_bytes(16, "big"), [], asked.after, 1)
+
+    def shorter(asked: LogRequest) -> LogPage:
+        if asked.after:
+            return LogPage(bytes(16), [], 0, 1)
+        return LogPage(bytes(16), ids[:2] if asked.limit else [], 2, 9)
+
+    liar.page = {"the same blocks": same, "another name": renamed}.get(trick, shorter)
+    async with running(alice, bob, mallory):
+        await alice.publish(published)
+        await bob.has(published)
+        while not bob.network._scores.get(mallory.peer_id):
+            bob.sync.poke(mallory.peer_id)
+            await trio.sleep(0)
+        assert not bob.network._scores.get(alice.peer_id)
+
+
+@trio_test
+async def test_what_was_dropped_behind_the_cursor_is_fetched_again(tmp_path: Path) -> None:
+    """Staged blocks go when there are too many; the cursor has passed them by then."""
+    fabric = Fabric()
+    alice, bob = (ChainNode(fabric, n, tmp_path) for n in ("alice", "bob"))
+    published = alice.author.publish(subjects=EXPERTS)
+    await alice.publish(published)
+    bob.store.set_cursor(alice.peer_id, alice.store.log_id, len(published) - 1)
+    async with running(alice, bob):
+        await bob.has(published)
+        agree(alice, bob)
+
+
+@trio_test
+async def test_a_clock_that_is_set_back_ends_nobody(tmp_path: Path) -> None:
+    """A block that was fit to spread when it was heard can lie in the future afterwards."""
+    fabric = Fabric()
+    alice, bob = (ChainNode(fabric, n, tmp_path) for n in ("alice", "bob"))
+    clock = bob.chain.clock_ms
+    async with running(alice, bob):
+        published = alice.author.publish()
+        await alice.publish(published)
+        await bob.has(published)
+        fabric.partition([alice.network], [bob.network])
+        update = alice.author.update(published[1], b"new")
+        ((validate, heard),) = bob.network._topics["blocks"]
+        validate(alice.peer_id, update.block.encode())
+        heard.put((alice.peer_id, update.block.encode()))
+        bob.chain.clock_ms = lambda: 0
+        await wait_all_tasks_blocked()
+        bob.chain.clock_ms = clock
+        fabric.heal()
+        await alice.publish([update])
+        await bob.has([update])
 
 
 @trio_test
