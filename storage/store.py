@@ -189,15 +189,18 @@ class Store(Blocks):
 
         Raises `BlockMissing` or `Corrupt`, both with the subject and the block.
         """
-        for name in entry.chunks:
+        for index, name in enumerate(entry.chunks):
             try:
                 data = self.chunks.get(name)
             except Corrupt as error:
-                raise _corrupt_in(block, entry, error) from error
+                raise _corrupt_in(block, entry, error.why) from error
             if data is None:
                 raise BlockMissing(
                     block.id, block.header.subject, f"a chunk of {entry.name} is not here"
                 )
+            if len(data) != entry.chunk_size(index):
+                why = f"chunk {index} has {len(data)} bytes, and its manifest says otherwise"
+                raise _corrupt_in(block, entry, why)
             yield data
 
     def read_body(self, id: BlockId) -> Iterator[tuple[TensorEntry, Iterator[bytes]]]:
@@ -272,11 +275,11 @@ def open_index(data: Path) -> LevelDBEngine:
     )
 
 
-def _corrupt_in(block: Block, entry: TensorEntry, error: Corrupt) -> Corrupt:
+def _corrupt_in(block: Block, entry: TensorEntry, why: str) -> Corrupt:
     subject = block.header.subject or block.header.kind
     return Corrupt(
         f"{subject} is damaged in this store",
-        f"block {cid_text(block.id)}, {entry.name}: {error.why}",
+        f"block {cid_text(block.id)}, {entry.name}: {why}",
         subject=str(subject),
         block=cid_text(block.id),
     )

@@ -63,25 +63,24 @@ class Asking(Generic[K]):
         stuck: list[K] = []
         async with trio.open_nursery() as nursery:
             while not self._plan.done and self._refused is None and not stuck:
-                seen = self._changes.count
+                seen, now = self._changes.count, trio.current_time()
                 self._renew_peers()
-                for assignment in self._plan.next(trio.current_time()):
+                for assignment in self._plan.next(now):
                     self._under_way += 1
                     nursery.start_soon(self._one, assignment)
                 if not self._under_way:
                     stuck = self._plan.stuck()
                 if not stuck:
-                    await self._wait(seen)
+                    await self._wait(seen, now)
             nursery.cancel_scope.cancel()  # what is still asked for has come from another peer
         if self._refused is not None:
             raise self._refused
         if stuck:
             raise NobodyHas(stuck)
 
-    async def _wait(self, seen: int) -> None:
-        wake_at = self._plan.wake_at()
-        deadline = float("inf") if wake_at is None else max(wake_at, trio.current_time() + 0.01)
-        with trio.move_on_at(deadline):
+    async def _wait(self, seen: int, now: float) -> None:
+        wake_at = self._plan.wake_at(now)
+        with trio.move_on_at(float("inf") if wake_at is None else wake_at):
             await self._changes.wait(seen)
 
     def _renew_peers(self) -> None:

@@ -17,6 +17,7 @@ from blyan_node.network.errors import PeerGone
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.asking import Answer, Asking, NobodyHas
 from blyan_node.services.changes import Changes
+from blyan_node.services.supply import Progress, silent
 from protocols import limits
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.ids import BlockId, ChunkHash, PeerId, cid_text, peer_id_of
@@ -36,15 +37,10 @@ from storage.store import Store
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int | None, str], None]
 Holders = Callable[[BlockId], Iterable[PeerId]]
 MissingOf = dict[BlockId, list[tuple[ChunkHash, int]]]
 
 MAKE_ROOM_CHUNKS = 16  # times what is needed now, so that it is not done for every chunk
-
-
-def silent(done: int, total: int | None, what: str) -> None:
-    """A `Progress` for a fetch that nobody watches."""
 
 
 class Fetch:
@@ -183,13 +179,13 @@ class Fetch:
         for block in wanted:
             try:
                 await self.fetch([block])
+                back = partial(self._store.unpin, block, reason=Pin.WANTED)
+                await trio.to_thread.run_sync(back, limiter=self._writes)
             except BlockMissing:
                 continue  # its header comes with sync
             except Refused as refused:
                 log.warning("a broken block cannot be brought back yet: %s", refused)
                 continue
-            back = partial(self._store.unpin, block, reason=Pin.WANTED)
-            await trio.to_thread.run_sync(back, limiter=self._writes)
             log.info("block %s is whole again", cid_text(block))
 
     async def _answer(self, peer: PeerId, message: object) -> Chunks:

@@ -181,7 +181,8 @@ def take_chunks(
 ) -> tuple[list[tuple[ChunkHash, bytes]], list[ChunkHash]]:
     """The verified chunks of a reply and those that the peer does not have.
 
-    Raises `RemoteProtocolError` if any piece is not what its hash says.
+    Raises `RemoteProtocolError` if any piece is not what its hash says. A piece that is, and has
+    another size than the manifest says, cannot be had of anybody: that is the author's fault.
     """
     if len(reply.data) != len(asked):
         raise RemoteProtocolError(CHUNKS_PROTOCOL, f"{len(reply.data)} answers to {len(asked)}")
@@ -190,8 +191,10 @@ def take_chunks(
     for (name, size), data in zip(asked, reply.data, strict=True):
         if data is None:
             absent.append(name)
-        elif len(data) != size or chunk_hash(data) != name:
+        elif chunk_hash(data) != name:
             raise RemoteProtocolError(CHUNKS_PROTOCOL, f"chunk {name.hex()} is corrupt")
+        elif len(data) != size:
+            absent.append(name)
         else:
             found.append((name, data))
     return found, absent

@@ -200,11 +200,14 @@ class FetchPlan(Generic[K]):
             return []
         return [key for keys in self._pending.values() for key in keys]
 
-    def wake_at(self) -> float | None:
-        """When a resting peer may be asked again, or a slow request is asked of another."""
-        times = [s.rests_until for s in self._peers.values() if s.rests_until and not s.under_way]
+    def wake_at(self, now: float) -> float | None:
+        """When time alone gives `next` more to ask than it found at `now`; None if never.
+
+        That is when a resting peer may be asked again, or a slow request is asked of another.
+        """
+        rests = [s.rests_until for s in self._peers.values() if not s.under_way]
         slow = [t + self._bounds.slow_s for s in self._peers.values() for t in s.began.values()]
-        return min((*times, *slow), default=None)
+        return min((at for at in (*rests, *slow) if at > now), default=None)
 
     def _dismiss(self, peer: PeerId) -> None:
         self._dismissed.add(peer)

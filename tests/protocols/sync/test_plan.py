@@ -70,7 +70,7 @@ def test_a_failing_peer_rests_longer_each_time_and_then_goes() -> None:
         (asked,) = plan.next(now)
         plan.failed(asked, now)
         assert plan.next(now) == [] and plan.stuck() == []
-        assert plan.wake_at() == now + rest
+        assert plan.wake_at(now) == now + rest
         now += rest
     (asked,) = plan.next(now)
     plan.failed(asked, now)
@@ -120,11 +120,12 @@ def test_slow_items_are_asked_once_more_of_an_idle_peer() -> None:
     plan = plan_for(2, ALICE)
     (slow,) = plan.next(0)
     plan.add_peer(BOB)
-    assert plan.next(4.9) == [] and plan.wake_at() == 5.0
+    assert plan.next(4.9) == [] and plan.wake_at(4.9) == 5.0
     (again,) = plan.next(5.0)
     assert (again.peer, again.keys) == (BOB, slow.keys)
     plan.add_peer(CAROL)
     assert plan.next(6.0) == []
+    assert plan.wake_at(6.0) == 10.0  # not the moment that has passed: nobody waits in circles
     bring(plan, again)
     assert plan.done
     assert plan.arrived(slow, slow.keys) == []
@@ -197,7 +198,7 @@ def test_whatever_peers_do_everything_that_somebody_has_arrives_once(
             break
         if not under_way:
             assert plan.stuck() == []
-            wake = plan.wake_at()
+            wake = plan.wake_at(now)
             assert wake is not None and wake > now
             now = wake
             continue
