@@ -21,7 +21,6 @@ from storage import keys
 from storage.blocks import accepted_rows
 from storage.chunks import fault
 from storage.errors import Corrupt
-from storage.pins import Pin
 from storage.store import Store
 
 Tell = Callable[[int, int, str], None]
@@ -278,8 +277,8 @@ def _check_kept(
     kept: KeptBlocks,
     manifests: dict[ManifestId | None, Manifest],
 ) -> None:
-    """What is pinned is whole, and no block consists of damaged chunks."""
-    pinned = {id for id, reason in store.pins.every() if reason is not Pin.WANTED}
+    """What is pinned is whole or known to be wanted; no block consists of damaged chunks."""
+    pinned = {id for id, _ in store.pins.every()} - set(store.wanted())
     for id in sorted(pinned - kept.keys()):
         report.incomplete.add(id)
         report.add("block", id, "it is to be kept and is not here", id)

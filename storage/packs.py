@@ -52,12 +52,13 @@ class Packs:
                 if not _fits(path, manifest):
                     _write(path, manifest, pieces)
                 self._checked.add(block)
-        return _map(path, block, manifest)
+            return _map(path, block, manifest)  # before anybody can drop it
 
     def drop(self, block: BlockId) -> None:
         """Deletes the pack of a block; mappings that are in use stay valid."""
-        self._checked.discard(block)
-        self._path(block).unlink(missing_ok=True)
+        with self._making:
+            self._checked.discard(block)
+            self._path(block).unlink(missing_ok=True)
 
     def faults(self, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         """Packs that do not fit the manifest of their block, by the block's text id."""

@@ -94,10 +94,9 @@ def _count_chunks(store: Store, unknown: list[bytes]) -> None:
 
 
 def _want(store: Store, incomplete: set[BlockId]) -> None:
+    """Marks blocks as wanted; for what else they are pinned they are again once they are back."""
     if incomplete:
         store.pin(*incomplete, reason=Pin.WANTED)
-        for reason in set(Pin) - {Pin.WANTED}:
-            store.unpin(*incomplete, reason=reason)
 
 
 def _rebuild(store: Store, report: Report) -> None:

@@ -105,14 +105,17 @@ def test_a_broken_chunk_is_dropped_and_its_block_is_wanted(make_store) -> None:
     name = made[1].chunks[0][0]
     place = keys.DATA.key(store.chunks.find(name)[0], name)
     store.chunks.data.batch([(place, b"other bytes")])
+    pins = store.pins.of(made[1].id)
+    assert pins
     report = check(store)
     assert report.bad_chunks == {name} and report.incomplete == {made[1].id}
     repair(store, report)
     after = make_store()
     assert check(after).ok and after.wanted() == [made[1].id]
     after.put_chunks(made[1].chunks)
-    after.pin(made[1].id, reason=Pin.PUBLISHED)
+    after.unpin(made[1].id, reason=Pin.WANTED)
     assert after.wanted() == [] and check(after).ok
+    assert after.pins.of(made[1].id) == pins - {Pin.WANTED}  # what it was kept for it still is
 
 
 def test_stray_bytes_are_found_and_taken_in(make_store) -> None:
