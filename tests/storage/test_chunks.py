@@ -12,7 +12,7 @@ from blyan_node.testing.writing import write
 from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.ids import chunk_hash
-from protocols.tensors.manifest import Dtype, Manifest
+from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
 from storage import keys
 from storage.errors import BlockMissing, Corrupt, DiskFull
 from storage.fsck import check
@@ -54,6 +54,15 @@ def test_a_chunk_that_is_not_its_hash_is_refused(make_store) -> None:
     with pytest.raises(RemoteProtocolError, match="hash"):
         store.put_chunks([(chunk_hash(b"a"), b"b")])
     assert store.get_chunk(chunk_hash(b"a")) is None
+
+
+def test_a_chunk_of_another_size_than_its_manifest_says_is_not_read(make_store) -> None:
+    store = make_store()
+    store.put_chunks([(chunk_hash(b"long bytes"), b"long bytes")])
+    block = Author("alice").model().block
+    lied = TensorEntry("a", Dtype.U8, (3,), 3, (chunk_hash(b"long bytes"),))
+    with pytest.raises(Corrupt, match="chunk 0 has 10 bytes"):
+        list(store.read_tensor(block, lied))
 
 
 def test_every_flipped_byte_of_a_chunk_is_noticed(make_store) -> None:
