@@ -18,7 +18,6 @@ while adverts travel; the plan heals that in the next round.
 import hashlib
 import heapq
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocols import limits
@@ -72,6 +71,14 @@ def rank(peer: PeerId, block: BlockId, capacity: int) -> float:
     return -math.log((int.from_bytes(digest[:7]) + 1) / 2**56) / max(1, capacity)
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Where room is made for an expert without holder: `peer` is to drop `block`."""
+
+    peer: PeerId
+    block: BlockId
+
+
 class _Ranking:
     """The ranking of the members of one view."""
 
@@ -94,31 +101,38 @@ def plan(view: View) -> Plan:
             if block in counts:
                 counts[block] += 1
     order = _Ranking(view)
-    taken, homeless = _assign(view, counts, order)
+    taken, room = _assign(view, counts, order)
     mine = tuple(block for block, peer in taken if peer == view.me)
     urgent = frozenset(block for block in mine if counts[block] == 0)
-    drop = _surplus(view, counts, order) or _room(view, counts, homeless, order)
+    drop = _surplus(view, counts, order)
+    if not drop and room is not None and room.peer == view.me and room.block not in view.fixed:
+        drop = (room.block,)
     return Plan(mine, drop, urgent)
 
 
 def _assign(
     view: View, counts: dict[BlockId, int], order: _Ranking
-) -> tuple[list[tuple[BlockId, PeerId]], list[Part]]:
-    """Who takes what, in order, and the parts without holder that fit nowhere."""
+) -> tuple[list[tuple[BlockId, PeerId]], _Room | None]:
+    """Who takes what, in order, and where room is made for a part without holder.
+
+    The node that makes room takes nothing more in this plan: it would fill what it is to free.
+    """
     sizes = {part.block: part.size for part in view.parts}
     free = {member.peer: member.free for member in view.members if member.auto}
     held = {member.peer: set(member.held) for member in view.members}
     queue = [(count, block) for block, count in counts.items() if count < view.replicas]
     heapq.heapify(queue)
     taken: list[tuple[BlockId, PeerId]] = []
-    homeless: list[Part] = []
+    room: _Room | None = None
     while queue:
         count, block = heapq.heappop(queue)
         size = sizes[block]
         fits = [peer for peer in free if free[peer] >= size and block not in held[peer]]
         if not fits:
-            if count == 0:
-                homeless.append(Part(block, size))
+            if count == 0 and room is None:
+                room = _room(view, counts, size, free, order)
+                if room is not None:
+                    del free[room.peer]
             continue
         peer = min(order(peer, block) for peer in fits)[1]
         free[peer] -= size
@@ -126,7 +140,7 @@ def _assign(
         taken.append((block, peer))
         if count + 1 < view.replicas:
             heapq.heappush(queue, (count + 1, block))
-    return taken, homeless
+    return taken, room
 
 
 def _surplus(view: View, counts: dict[BlockId, int], order: _Ranking) -> tuple[BlockId, ...]:
@@ -144,22 +158,18 @@ def _surplus(view: View, counts: dict[BlockId, int], order: _Ranking) -> tuple[B
 
 
 def _room(
-    view: View, counts: dict[BlockId, int], homeless: Iterable[Part], order: _Ranking
-) -> tuple[BlockId, ...]:
-    """At most one block of mine to drop so that an expert without holder fits."""
+    view: View, counts: dict[BlockId, int], size: int, free: dict[PeerId, int], order: _Ranking
+) -> _Room | None:
+    """The block to drop, of which others have one as well, so that `size` bytes fit."""
     sizes = {part.block: part.size for part in view.parts}
-    for part in homeless:
-        offers = [
-            (-counts[block], order(member.peer, block), member.peer, block)
-            for member in view.members
-            if member.auto
-            for block in member.held
-            if counts.get(block, 0) > 1 and member.free + sizes[block] >= part.size
-        ]
-        if offers:
-            _, _, peer, block = min(offers)
-            return (block,) if peer == view.me and block not in view.fixed else ()
-    return ()
+    offers = [
+        (-counts[block], order(member.peer, block), member.peer, block)
+        for member in view.members
+        if member.peer in free
+        for block in member.held
+        if counts.get(block, 0) > 1 and free[member.peer] + sizes[block] >= size
+    ]
+    return _Room(*min(offers)[2:]) if offers else None
 
 
 class Steady:

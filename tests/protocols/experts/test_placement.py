@@ -1,6 +1,6 @@
 """Nodes that plan for themselves reach the replica target together, slowly and within memory."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protocols import limits
@@ -82,6 +82,7 @@ def test_every_expert_gets_a_first_holder_before_any_gets_a_second() -> None:
     assert sum(counts) == 15
 
 
+@example([13, 6, 7, 6, 7], [6, 6, 7, 12], 2)  # room made for one was taken by another
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=16),
     st.lists(st.integers(0, 120), min_size=1, max_size=5),
