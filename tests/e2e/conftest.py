@@ -1,10 +1,13 @@
 """Testnets for the tests that use real daemons."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from blyan_node.testing.daemons import Testnet, alive
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -32,6 +35,13 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testnet]:
     net.run("up", "--nodes", 4)
     yield net
     net.run("down")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever starts daemons is slow: `make quick` leaves this folder out."""
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -32,7 +32,6 @@ def output(process: subprocess.Popen[str]) -> str:
     return printed
 
 
-@pytest.mark.slow
 def test_generate_watch_and_update(make_testnet: Callable[..., Testnet], tmp_path: Path) -> None:
     net = make_testnet(2)
     alice = net["alice"]

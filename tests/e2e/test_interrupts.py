@@ -214,7 +214,6 @@ def test_a_daemon_that_is_not_ready_yet_can_be_ended(tmp_path: Path) -> None:
     assert "Traceback" not in daemon.log.read_text()
 
 
-@pytest.mark.slow
 def test_stop_does_not_wait_for_a_disk_that_hangs(pair: Testnet, tmp_path: Path) -> None:
     """A thread of the node writes to a pipe that is full, as it would to a dead network disk."""
     os.mkfifo(tmp_path / "out.partial")

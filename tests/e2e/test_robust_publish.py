@@ -54,7 +54,6 @@ def _names(node: Node) -> set[str]:
     return {model["name"] for model in node("model", "list")["models"]}
 
 
-@pytest.mark.slow
 def test_a_daemon_killed_in_its_publishes(models: Path, tmp_path: Path) -> None:
     """Every start finds the store whole; the last publish reuses what the killed ones stored.
 

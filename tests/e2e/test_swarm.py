@@ -195,7 +195,6 @@ def test_a_second_daemon_on_one_home_is_refused_in_one_line(tmp_path: Path) -> N
         assert alice("status")["peer_id"] == alice.peer_id
 
 
-@pytest.mark.slow
 def test_sixteen_nodes_are_all_connected_and_hear_a_release(
     make_testnet: MakeTestnet, tmp_path: Path
 ) -> None:
