@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.daemons import Node, Testnet, blyan, kill
 from blyan_node.testing.reference import open_reference
