@@ -192,15 +192,18 @@ class TwinNetwork:
         await self._fabric.pass_time()
         if self._fabric.lost():
             await trio.sleep_forever()
+        node = self._fabric.nodes.get(peer)
+        if node is None:
+            raise PeerGone(peer, "it left while the request was on its way")
         answered = trio.Event()
         outcome: list[bytes | Exception] = []
 
         async def serve() -> None:
-            outcome.append(await self._fabric.nodes[peer].serve(self.peer_id, protocol, sent))
+            outcome.append(await node.serve(self.peer_id, protocol, sent))
             answered.set()
 
         serving = trio.CancelScope()
-        self._fabric.nodes[peer].nursery.start_soon(_within, serving, serve)
+        node.nursery.start_soon(_within, serving, serve)
         try:
             await answered.wait()
         finally:
