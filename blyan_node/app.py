@@ -36,6 +36,7 @@ from blyan_node.services.publish import Publish
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Supply
 from blyan_node.services.sync import Sync
+from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
 from blyan_node.services.update import Update
 from blyan_node.services.verify import Verify
@@ -79,6 +80,7 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
     fetch = Fetch(network, store, lambda block: adverts.holders(block))
     supply = Supply(store, fetch)
     models = Models(store, supply)
+    texts = Texts()
     holding = Holding(store, supply, models, config.memory_bytes)
     serving = Serving(network, holding, numeric, compute)
     adverts = Adverts(
@@ -107,11 +109,12 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
         fetch=fetch,
         supply=supply,
         models=models,
+        texts=texts,
         holding=holding,
         serving=serving,
         adverts=adverts,
         layers=layers,
-        generation=Generation(chain, store, models, trunks, layers, compute),
+        generation=Generation(chain, store, models, texts, trunks, layers, compute),
         placement=Placement(
             _placement(config, identity, store),
             chain,
@@ -172,6 +175,7 @@ async def _serve(app: App, on_ready: Callable[[Mapping[str, object]], None]) -> 
     async with trio.open_nursery() as nursery:
         for service in (app.fetch, app.sync, app.gossip, app.serving, app.adverts, app.placement):
             await nursery.start(service.run)
+        await nursery.start(app.texts.run)
         await nursery.start(RpcServer(app.config.rpc, handlers(app)).run)
         on_ready(_readiness(app))
 

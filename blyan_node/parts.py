@@ -19,6 +19,7 @@ from blyan_node.services.publish import Publish
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Supply
 from blyan_node.services.sync import Sync
+from blyan_node.services.texts import Texts
 from blyan_node.services.update import Update
 from blyan_node.services.verify import Verify
 from protocols.signing import Identity
@@ -41,6 +42,7 @@ class App:
     fetch: Fetch
     supply: Supply
     models: Models
+    texts: Texts
     holding: Holding
     serving: Serving
     adverts: Adverts

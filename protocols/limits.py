@@ -48,6 +48,9 @@ vocab_max = 4_194_304
 top_k_max = 64
 template_bytes_max = 256 * KIB
 template_lines_max = 1_000_000
+text_s_max = 20  # for one prompt or token, in a process of its own
+text_process_bytes_max = 2 * GIB  # of addresses
+text_answer_bytes_max = 16 * MIB
 
 # Frames and messages of the channels between peers
 frame_bytes_max = 64 * KIB

@@ -2,7 +2,8 @@
 
 A template comes from whoever published the model. It sees the messages, the special tokens and a
 few pure functions; it cannot change what it is given or reach Python's objects. The lines that it
-executes and what it writes are counted, and the shortest ways to fill the memory are closed.
+executes and what it writes are counted, and the shortest ways to fill the memory are closed; what
+remains is bounded by the process in which templates run (`blyan_node.moe.text_process`).
 """
 
 import datetime

@@ -1,7 +1,8 @@
 """Between text and token ids: the tokenizer, the stop tokens, and text as it streams.
 
 Everything comes from the files that travel with the model, which a stranger may have written:
-they are read under limits, and what is malformed is refused.
+they are read under limits, and what is malformed is refused. What they may cost is bounded by
+`blyan_node.moe.text_process`, in which a node has its texts made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,6 @@ def stop_ids(files: Mapping[str, bytes]) -> frozenset[int]:
         if value is not None:
             return frozenset(token_ids(value, f"{name}: eos_token_id"))
     return frozenset()
-
-
-def open_text(files: Mapping[str, bytes]) -> "Text | None":
-    """The text side of a model; None if it travels without a tokenizer.json."""
-    return Text(files) if "tokenizer.json" in files else None
 
 
 class Text:
@@ -71,10 +67,6 @@ class Text:
         """The text of an answer, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> "TextStream":
-        """A decoder for one answer, token by token."""
-        return TextStream(self)
-
     def _encode(self, text: str, *, special: bool) -> list[int]:
         if len(text.encode(errors="replace")) > limits.prompt_bytes_max:
             raise Refused(
@@ -87,41 +79,33 @@ class Text:
             raise Refused(ErrorCode.BAD_INPUT, "the prompt", str(error)[:200]) from None
 
 
-class TextStream:
+class Windows:
     """Text as tokens arrive: whole characters only, and together what `Text.decode` gives.
 
     A token may end inside a character, and some tokenizers write a token differently at the start
     of a text. So a window of recent tokens is decoded before and after the new one, and what was
     added is passed on once it does not end in an incomplete character. Bytes that are no text at
-    all are held for a few tokens and then passed on as U+FFFD.
+    all are held for a few tokens and then passed on as U+FFFD. Who decodes is the caller's affair.
     """
 
-    def __init__(self, text: Text) -> None:
-        self._text = text
-        self._ids: list[int] = []
-        self._start = 0  # of the window
-        self._told = 0  # tokens whose text was passed on
+    def __init__(self) -> None:
+        self._ids: list[int] = []  # the window
+        self._told = 0  # tokens of it whose text was passed on
 
-    def add(self, token: int) -> str:
-        """The text that this token completes, often a piece of a word, sometimes nothing."""
+    def add(self, token: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Takes a token; what to decode: the window without what is new, and with it."""
         self._ids.append(token)
-        before, after = self._window()
-        held = len(self._ids) - self._told
-        if held < _HELD_TOKENS_MAX and (
-            after.endswith(_REPLACEMENT) or not after.startswith(before)
-        ):
+        return self.now()
+
+    def now(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The same without a new token."""
+        return self._ids[: self._told], self._ids
+
+    def take(self, before: str, after: str, *, last: bool = False) -> str:
+        """The text to pass on, often a piece of a word; all that is held if no token follows."""
+        held = len(self._ids) - self._told < _HELD_TOKENS_MAX and not last
+        if held and (after.endswith(_REPLACEMENT) or not after.startswith(before)):
             return ""
-        return self._tell(before, after)
-
-    def finish(self) -> str:
-        """What is left when no token follows; incomplete characters become U+FFFD."""
-        before, after = self._window()
-        return self._tell(before, after)
-
-    def _window(self) -> tuple[str, str]:
-        window = self._ids[self._start :]
-        return self._text.decode(window[: self._told - self._start]), self._text.decode(window)
-
-    def _tell(self, before: str, after: str) -> str:
-        self._start, self._told = self._told, len(self._ids)
+        self._ids = self._ids[self._told :]
+        self._told = len(self._ids)
         return after[len(before) :]

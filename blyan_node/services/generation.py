@@ -23,6 +23,7 @@ from blyan_node.services.layers import Layers
 from blyan_node.services.models import Description, Models
 from blyan_node.services.session import Choices, Session
 from blyan_node.services.supply import Progress, silent
+from blyan_node.services.texts import TextProcess, Texts
 from blyan_node.services.trunks import Trunks
 from protocols import limits
 from protocols.dag.header import Block
@@ -69,6 +70,7 @@ class Generation:
         chain: Heads,
         store: Store,
         models: Models,
+        texts: Texts,
         trunks: Trunks,
         layers: Layers,
         compute: trio.CapacityLimiter,
@@ -76,6 +78,7 @@ class Generation:
         self._chain = chain
         self._store = store
         self._models = models
+        self._texts = texts
         self._trunks = trunks
         self._layers = layers
         self._compute = compute
@@ -93,15 +96,19 @@ class Generation:
 
         When `cancelled` is set the answer ends with what there is. Raises `Refused`.
         """
-        async with self._open(request.model, request.root, progress) as answer:
-            prompt = _prompt(request, answer.description)
+        async with (
+            self._open(request.model, request.root, progress) as answer,
+            self._texts.use(answer.description) as text,
+        ):
+            prompt = await _prompt(request, answer.description.name, text)
             answer.account.prompt_tokens = len(prompt)
-            writer = _Writer(answer.description, answer.account, emit, request.ignore_eos)
+            stops = frozenset() if request.ignore_eos else answer.description.stop_ids
+            writer = _Writer(text, answer.account, emit, stops, request.max_tokens)
             decode = partial(self._decode, prompt, request, answer, writer)
             finish = await _until(cancelled, decode)
             return GenerateResult(
                 token_ids=writer.ids,
-                text=writer.end(),
+                text=await writer.end(),
                 root=root_text(answer.root),
                 finish=finish,
                 trace=answer.account.trace(),
@@ -182,10 +189,9 @@ class Generation:
             logits = await answer.session.extend(ids)
             pick = partial(sampler.pick, tensor_of(logits[-1]))
             token = await trio.to_thread.run_sync(pick, limiter=self._compute)
-            if writer.put(token):
-                return "stop"
-            if len(writer.ids) == request.max_tokens:
-                return "length"
+            finish = await writer.put(token)
+            if finish is not None:
+                return finish
             ids = [token]
 
 
@@ -193,51 +199,70 @@ class _Writer:
     """The tokens of an answer, handed on as they come, with the text that each adds."""
 
     def __init__(
-        self, description: Description, account: Account, emit: Emit, ignore_eos: bool
+        self,
+        text: TextProcess | None,
+        account: Account,
+        emit: Emit,
+        stops: frozenset[int],
+        most: int,
     ) -> None:
-        text = description.text
         self.ids: list[int] = []
         self._account = account
         self._emit = emit
-        self._stops = frozenset() if ignore_eos else description.stop_ids
+        self._stops = stops
+        self._most = most
         self._stream = None if text is None else text.stream()
         self._pieces: list[str] = []
 
-    def put(self, token: int) -> bool:
-        """Takes the next token; whether it ends the answer."""
+    async def put(self, token: int) -> Finish | None:
+        """Takes the next token; how the answer ends if this is its last."""
         self._account.token(trio.current_time())
         self.ids.append(token)
-        stops = token in self._stops
-        piece: str | None = None
-        if self._stream is not None:
-            piece = "" if stops else self._stream.add(token)
-            self._pieces.append(piece)
-        self._emit(Token(token_id=token, text=piece))
-        return stops
+        finish: Finish | None = None
+        if token in self._stops:
+            finish = "stop"
+        elif len(self.ids) == self._most:
+            finish = "length"
+        self._emit(Token(token_id=token, text=await self._text(token, finish)))
+        return finish
 
-    def end(self) -> str | None:
+    async def end(self) -> str | None:
         """The whole text."""
         if self._stream is None:
             return None
-        return "".join(self._pieces) + self._stream.finish()
+        self._pieces.append(await self._stream.finish())
+        return "".join(self._pieces)
+
+    async def _text(self, token: int, finish: Finish | None) -> str | None:
+        """What the token adds; with the last one comes all that was held."""
+        if self._stream is None:
+            return None
+        piece = "" if finish == "stop" else await self._stream.add(token)
+        if finish is not None:
+            piece += await self._stream.finish()
+        self._pieces.append(piece)
+        return piece
 
 
-def _prompt(request: GenerateRequest, description: Description) -> Sequence[int]:
-    """The prompt as token ids. Raises `Refused` if it cannot be."""
+async def _prompt(request: GenerateRequest, model: str, text: TextProcess | None) -> Sequence[int]:
+    """The prompt as token ids, at least one. Raises `Refused` if it cannot be."""
     if request.prompt_ids is not None:
         return request.prompt_ids
     assert request.prompt is not None
-    text = description.text
     if text is None:
         raise Refused(
             ErrorCode.BAD_INPUT,
-            f"the model {description.name} takes token ids only",
+            f"the model {model} takes token ids only",
             "it was published without a tokenizer",
             "Give --prompt-ids.",
         )
     if request.chat:
-        return text.chat([{"role": "user", "content": request.prompt}])
-    return text.encode(request.prompt)
+        ids = await text.chat([{"role": "user", "content": request.prompt}])
+    else:
+        ids = await text.encode(request.prompt)
+    if not ids:
+        raise Refused(ErrorCode.BAD_INPUT, "the prompt is empty", "it has no token to go on from")
+    return ids
 
 
 async def _until(cancelled: trio.Event | None, decode: Callable[[], Awaitable[Finish]]) -> Finish:

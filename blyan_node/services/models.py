@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import trio
 
 from blyan_node.moe.config import ModelConfig, parse_config
-from blyan_node.moe.text import Text, open_text, stop_ids
+from blyan_node.moe.text import stop_ids
 from blyan_node.services.supply import Progress, Supply, silent
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, cid_text
@@ -17,13 +17,12 @@ descriptions_max = 16
 
 @dataclass(frozen=True)
 class Description:
-    """A model without its weights. `text` is None for a model that has no tokenizer."""
+    """A model without its weights."""
 
     model: BlockId
     name: str
     config: ModelConfig
     files: Mapping[str, bytes]
-    text: Text | None
     stop_ids: frozenset[int]
 
 
@@ -67,4 +66,4 @@ class Models:
             )
         config = parse_config(files["config.json"])
         name = str(block.header.meta["name"])
-        return Description(model, name, config, files, open_text(files), stop_ids(files))
+        return Description(model, name, config, files, stop_ids(files))

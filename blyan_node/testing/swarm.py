@@ -20,6 +20,7 @@ from blyan_node.services.models import Models
 from blyan_node.services.publish import Publish, Published
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Progress, Supply
+from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
 from blyan_node.services.update import Update, Updated
 from blyan_node.testing.blocks import NOW_MS, identity
@@ -91,8 +92,15 @@ class SwarmNode:
         )
         self.layers = Layers(self.network, self.adverts, self.holding, self.compute)
         self.trunks = Trunks(self.store, self.supply, self.holding)
+        self.texts = Texts()
         self.generation = Generation(
-            self.chain, self.store, self.models, self.trunks, self.layers, self.compute
+            self.chain,
+            self.store,
+            self.models,
+            self.texts,
+            self.trunks,
+            self.layers,
+            self.compute,
         )
 
     @property
@@ -106,6 +114,7 @@ class SwarmNode:
             await nursery.start(self.network.run)
             await nursery.start(self.serving.run)
             await nursery.start(self.adverts.run)
+            await nursery.start(self.texts.run)
             self.swarm.running[self.peer_id] = self
             self._scope = nursery.cancel_scope
             task_status.started()
