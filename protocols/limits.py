@@ -129,6 +129,7 @@ advert_bytes_max = 512 * KIB
 advert_lifetime_s = 20
 advert_heartbeat_s = 5
 adverts_max = 1_024
+advertised_experts_max = 131_072  # in all adverts that are kept, each some 400 bytes of memory
 advert_pause_s = 0.25  # between two adverts of one node
 advert_ask_s_max = 5
 advert_sequences_max = 8 * adverts_max

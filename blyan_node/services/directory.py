@@ -67,7 +67,7 @@ class Adverts:
         queue_length: Callable[[], int],
         clock_ms: Callable[[], int],
     ) -> None:
-        self.directory = Directory()
+        self.directory = Directory(lambda peer: peer in network.peers or peer == network.peer_id)
         self.changes = Changes()
         self.config = config
         self._network = network

@@ -91,6 +91,11 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Whether this advert says that its sender has stopped."""
         return self.lifetime_s == 0
 
+    @property
+    def experts(self) -> int:
+        """How many experts are held, each version counted."""
+        return sum(len(layer.blocks) for model in self.models for layer in model.layers)
+
     def held(self) -> Iterator[HeldExpert]:
         """Everything that the advert says is held."""
         for model in self.models:

@@ -1,5 +1,7 @@
 """The directory believes the newest advert of each peer, and each for its lifetime alone."""
 
+import pytest
+
 from protocols import limits
 from protocols.experts.advert import Advert, HeldExpert, pack_held
 from protocols.experts.directory import Directory
@@ -90,3 +92,28 @@ def test_the_number_of_adverts_is_bounded() -> None:
         assert directory.apply(advert(Identity.from_seed(seed), 1, OLD), n / 100)
     assert not directory.apply(advert(ALICE, 1, OLD), 15)
     assert directory.apply(advert(ALICE, 1, OLD), 20.5)
+
+
+def test_strangers_fill_no_more_than_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "advertised_experts_max", 5)
+    strangers = [Identity.from_seed(bytes([n]) * 32) for n in range(1, 6)]
+    directory = Directory(lambda peer: peer in (ALICE.peer_id, BOB.peer_id))
+    assert all(directory.apply(advert(one, 1, OLD), 0) for one in strangers)
+    assert not directory.apply(advert(Identity.from_seed(b"s" * 32), 1, OLD), 0)
+    assert directory.apply(advert(ALICE, 1, OLD, NEW), 1)
+    assert directory.apply(advert(BOB, 1, NEW), 1)
+    assert len(directory.adverts()) == 4 and directory.advert(strangers[2].peer_id) is None
+    assert directory.apply(advert(ALICE, 2, *[NEW] * 4), 2)
+    assert set(directory.adverts()) == {ALICE.peer_id, BOB.peer_id}
+    assert not directory.apply(advert(BOB, 2, OLD, NEW), 2)
+    assert directory.apply(advert(ALICE, 3, lifetime_s=0), 3)
+    assert directory.apply(advert(strangers[0], 2, *[NEW] * 4), 3)
+
+
+def test_strangers_leave_room_for_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "adverts_max", 1)
+    directory = Directory(lambda peer: peer == ALICE.peer_id)
+    assert directory.apply(advert(BOB, 1, OLD), 0)
+    assert directory.apply(advert(ALICE, 1, OLD), 0)
+    assert directory.holders(OLD) == [ALICE.peer_id]
+    assert not directory.apply(advert(BOB, 2, OLD), 0)
