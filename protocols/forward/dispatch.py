@@ -219,9 +219,12 @@ class Dispatch:
 
     def _wait_or_give_up(self, need: Need, now: float) -> Unserved | None:
         busy = bool(self._possible(need))
-        if busy and self._busy_since is not None and now - self._busy_since < limits.busy_s_max:
-            self._waiting.append(need)
-            return None
+        if busy:
+            if self._busy_since is None:  # another's answer has ended the count
+                self._busy_since = now
+            if now - self._busy_since < limits.busy_s_max:
+                self._waiting.append(need)
+                return None
         self._unsettled.discard(need)
         return Unserved(need, "busy" if busy else "no holder")
 

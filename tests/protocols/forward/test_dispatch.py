@@ -226,3 +226,15 @@ def test_whatever_happens_every_need_is_served_once_or_handed_back_once(seed: in
         )
     run.close()
     assert all(links.link(PeerId(name)).rows_in_flight == 0 for name in names)
+
+
+def test_a_busy_peer_is_waited_for_although_others_have_answered_since() -> None:
+    run = dispatch(Table(bob=[0, 2], carol=[1], dave=[2]), need(0, 1), need(1, 2), need(2, 3))
+    sends = {expert.expert: send for send in run.start(0).send for expert in send.needs}
+    assert (sends[0].peer, sends[2].peer) == (BOB, DAVE)
+    assert run.busy(sends[0].ticket, 0.0).events == ()
+    assert run.answered(sends[1].ticket, 0.001)
+    step = run.failed(sends[2].ticket, 0.002)  # now only bob has what dave had
+    assert step.events == () and step.wake_at == pytest.approx(limits.busy_backoff_s)
+    [again] = run.tick(limits.busy_backoff_s).send
+    assert again.peer == BOB and {n.expert for n in again.needs} == {0, 2}
