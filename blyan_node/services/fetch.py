@@ -53,6 +53,9 @@ class Fetch:
         self._writes = trio.CapacityLimiter(1)
         self._reads = trio.CapacityLimiter(2)
         self._busy: set[BlockId] = set()
+        self._asked: Counter[BlockId] = (
+            Counter()
+        )  # for, by calls that run; what is here of it stays
         self._freed = Changes()
         self.received_bytes = 0  # of verified chunks
         self.served_bytes = 0
@@ -78,8 +81,18 @@ class Fetch:
         Raises `Refused`: no connected peer has a block (`BLOCK_MISSING`, with its subject and id),
         the disk is full.
         """
-        came = 0
         wanted = tuple(dict.fromkeys(blocks))
+        self._asked.update(wanted)
+        try:
+            return await self._complete(wanted, progress, Counter() if by_peer is None else by_peer)
+        finally:
+            self._asked -= Counter(wanted)
+
+    async def _complete(
+        self, wanted: Sequence[BlockId], progress: Progress, by_peer: Counter[PeerId]
+    ) -> int:
+        """Fetches until everything is here; how many bytes came."""
+        came = 0
         while True:
             seen = self._freed.count
             missing = await self._missing(wanted)
@@ -91,7 +104,7 @@ class Fetch:
                 continue
             self._busy |= ours.keys()
             try:
-                came += await self._fetch(ours, progress, Counter() if by_peer is None else by_peer)
+                came += await self._fetch(ours, progress, by_peer)
             finally:
                 self._busy -= ours.keys()
                 self._freed.tell()
@@ -143,7 +156,7 @@ class Fetch:
             self._store.chunks.put(found)
         except DiskFull:
             needed = sum(len(data) for _, data in found)
-            if make_room(self._store, MAKE_ROOM_CHUNKS * needed, frozenset(self._busy)) < needed:
+            if make_room(self._store, MAKE_ROOM_CHUNKS * needed, frozenset(self._asked)) < needed:
                 raise
             self._store.chunks.put(found)
         return Answer([name for name, _ in found], absent)

@@ -259,3 +259,15 @@ async def test_under_a_quota_what_nobody_keeps_makes_room(tmp_path: Path) -> Non
             await bob.fetch.fetch([second.id])
         assert full.value.code is ErrorCode.DISK_FULL
         assert bob.store.is_stored(first.id) and bob.store.is_stored(third.id)
+
+
+@trio_test
+async def test_a_fetch_does_not_push_out_what_it_has_been_asked_for(tmp_path: Path) -> None:
+    async with swarm(tmp_path, "alice", "bob") as ((_alice, bob), published):
+        first, second, third = (one.id for one in published[1:4])
+        bob.store.chunks.quota_bytes = 2 * SIZE + 40 * limits.KIB
+        await bob.fetch.fetch([first, second])
+        with pytest.raises(Refused, match="--disk") as full:
+            await bob.fetch.fetch([first, second, third])
+        assert full.value.code is ErrorCode.DISK_FULL
+        assert bob.store.is_stored(first) and bob.store.is_stored(second)
