@@ -9,6 +9,7 @@ libp2p.
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,16 +98,19 @@ def _block_drop(arguments: argparse.Namespace) -> int:
 def _testnet(arguments: argparse.Namespace) -> int:
     from blyan_node.testnet.verbs import run
 
+    _end_in_order()
     return run(arguments, _options(arguments.set))
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    from blyan_node.bench.__main__ import MEASUREMENTS, main
+def _end_in_order() -> None:
+    """SIGTERM ends us as Ctrl-C does: daemons that were started are ended first."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    for name in arguments.names:
-        if name not in MEASUREMENTS:
-            known = ", ".join(MEASUREMENTS)
-            raise RemoteProtocolError(f"bench {name[:40]}", f"there is none; there are {known}")
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from blyan_node.bench.__main__ import main
+
+    _end_in_order()
     return main([*arguments.names, *(["--json"] if arguments.json else [])])
 
 

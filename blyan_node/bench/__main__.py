@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from blyan_node.bench.rows import Row
-from protocols.errors import ErrorCode
+from protocols.errors import RemoteProtocolError
 
 # The module of each measurement; it has `measure() -> list[Row]`.
 MEASUREMENTS = {
@@ -31,14 +31,18 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the named measurements, all by default; returns the exit code."""
+    """Runs the named measurements, all by default; returns the exit code.
+
+    Raises `RemoteProtocolError` for a name that is none.
+    """
     parser = argparse.ArgumentParser(prog="blyan-node bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.names if name not in MEASUREMENTS]
-    if unknown:
-        return _wrong(unknown[0], arguments.json)
+    for name in arguments.names:
+        if name not in MEASUREMENTS:
+            known = ", ".join(MEASUREMENTS)
+            raise RemoteProtocolError(f"bench {name[:40]}", f"there is none; there are {known}")
     report = Report([])
     for name in arguments.names or MEASUREMENTS:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
@@ -50,17 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(msgspec.json.encode(report).decode())
     return 0
-
-
-def _wrong(name: str, as_json: bool) -> int:
-    """Says that there is no such measurement; the exit code of wrong usage."""
-    message, following = f"there is no measurement {name!r}", f"there are {', '.join(MEASUREMENTS)}"
-    print(f"error: {message}\n  next: {following}", file=sys.stderr)
-    if as_json:
-        data = {"next": following}
-        error = {"code": int(ErrorCode.BAD_INPUT), "message": message, "data": data}
-        print(msgspec.json.encode({"error": error}).decode())
-    return 3
 
 
 def line(row: Row) -> str:
