@@ -10,11 +10,14 @@ from protocols.rpc import generate
 async def run(
     app: App, request: generate.GenerateRequest, context: Context
 ) -> generate.GenerateResult:
-    """Answers a prompt; a cancelled request answers with what it has."""
+    """Answers a prompt; a request that is cancelled once it has begun answers with what it has."""
     cancelled = trio.Event()
-    context.on_cancel(cancelled.set)
     return await app.generation.generate(
-        request, context.notify, progress=context.progress, cancelled=cancelled
+        request,
+        context.notify,
+        progress=context.progress,
+        cancelled=cancelled,
+        on_begin=lambda: context.on_cancel(cancelled.set),
     )
 
 

@@ -91,10 +91,12 @@ class Generation:
         *,
         progress: Progress = silent,
         cancelled: trio.Event | None = None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> GenerateResult:
         """Answers a prompt; `emit` gets each token as soon as it is there.
 
-        When `cancelled` is set the answer ends with what there is. Raises `Refused`.
+        Once `on_begin` has been called the model is loaded, and when `cancelled` is set the answer
+        ends with what there is. Raises `Refused`.
         """
         async with (
             self._open(request.model, request.root, progress) as answer,
@@ -105,6 +107,7 @@ class Generation:
             stops = frozenset() if request.ignore_eos else answer.description.stop_ids
             writer = _Writer(text, answer.account, emit, stops, request.max_tokens)
             decode = partial(self._decode, prompt, request, answer, writer)
+            on_begin()
             finish = await _until(cancelled, decode)
             return GenerateResult(
                 token_ids=writer.ids,

@@ -129,7 +129,7 @@ class Placement:
                     "this expert is not held here",
                     "there is nothing to drop",
                     "`blyan-node expert list` shows who holds what.",
-                    {"block": cid_text(block)},
+                    self._about(block),
                 )
             if not force and set(self._adverts.holders_with_self(block)) <= {self._me}:
                 raise Refused(
@@ -137,11 +137,18 @@ class Placement:
                     "nobody else holds this expert",
                     "requests that need it would have to load it themselves, or fail",
                     "Let another node hold it first, or give --force.",
-                    {"block": cid_text(block)},
+                    self._about(block),
                 )
         for block in blocks:
             self._not_before[block] = trio.current_time() + limits.placement_dropped_s
-            await self._holding.drop(block)
+            if self._holding.keeps(block):  # the plan may have dropped it since
+                await self._holding.drop(block)
+
+    def _about(self, block: BlockId) -> dict[str, object]:
+        """What an error about `block` names."""
+        known = self._store.block(block)
+        subject = None if known is None else known.header.subject
+        return {"expert": str(subject), "block": cid_text(block)}
 
     def _experts(self, model: BlockId) -> Iterator[BlockId]:
         for subject, block in self._chain.heads(model).items():

@@ -63,7 +63,9 @@ class Trunks:
             self._let_go()
 
     async def _load(self, description: Description, parts: Parts) -> Trunk:
-        self.holding.make_room(sum(self._size(block) for block in parts.values()))
+        size = sum(self.holding.size_of(block) for block in parts.values())
+        if not self.holding.make_room(size):
+            self._let_go(0)
 
         def read() -> Trunk:
             return Trunk(description.config, lambda name: self.store.pack(parts[name]).tensors)
@@ -72,11 +74,7 @@ class Trunks:
         self.holding.memory.trunks += trunk.bytes
         return trunk
 
-    def _size(self, block: BlockId) -> int:
-        known = self.store.block(block)
-        return known.header.size if known else 0
-
-    def _let_go(self) -> None:
+    def _let_go(self, kept: int = idle_trunks_max) -> None:
         idle = [key for key, loaded in self._loaded.items() if not loaded.users]
-        for key in idle[: max(0, len(idle) - idle_trunks_max)]:
+        for key in idle[: max(0, len(idle) - kept)]:
             self.holding.memory.trunks -= self._loaded.pop(key).trunk.bytes

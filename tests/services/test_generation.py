@@ -18,6 +18,7 @@ from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.swarm import Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
+from protocols import limits
 from protocols.errors import ErrorCode, Refused
 from protocols.forward.messages import PROTOCOL, Activated
 from protocols.ids import BlockId, PeerId, Subject, cid_text
@@ -419,6 +420,53 @@ async def test_cancelling_ends_with_what_there_is_and_frees_everything(
         for node in (told.bob, told.carol, told.dave):
             assert links.link(node.peer_id).rows_in_flight == 0
             assert node.serving.queue_length == 0
+
+
+@trio_test
+async def test_an_answer_begins_when_the_model_is_loaded(
+    mixtral: Path, truth: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with story(mixtral, tmp_path, TWICE) as told:
+        begun: list[bool] = []
+
+        async def hang(*_: object) -> int:
+            await trio.sleep_forever()
+            return 0
+
+        async def answer() -> None:
+            result = await told.alice.generation.generate(
+                ask(), nobody, cancelled=trio.Event(), on_begin=lambda: begun.append(True)
+            )
+            assert result.token_ids == truth.generate(PROMPT, 12)
+
+        monkeypatch.setattr(told.alice.supply, "ensure", hang)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            while not told.alice.generation.running:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        assert not begun and told.alice.generation.running == 0
+        monkeypatch.undo()
+        await answer()
+        assert begun == [True]
+
+
+@trio_test
+async def test_trunks_that_nobody_uses_leave_when_room_is_needed(
+    mixtral: Path, gpt_oss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "holder_wait_s_max", 0)
+    async with story(mixtral, tmp_path, TWICE) as told:
+        alice = told.alice
+        await alice.publish(gpt_oss, "other")
+        await alice.generation.generate(ask(1), nobody)
+        first = alice.holding.memory.trunks
+        alice.holding.memory.budget = first + 1
+        request = ask(1, model="other")
+        with pytest.raises(Refused, match="not available"):  # nobody holds it, nor is there room
+            await alice.generation.generate(request, nobody)
+        [only] = alice.trunks._loaded.values()
+        assert alice.holding.memory.trunks == only.trunk.bytes != first
 
 
 @trio_test

@@ -15,7 +15,7 @@ from blyan_node.testing.reference import open_reference
 from blyan_node.testing.swarm import Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import ErrorCode, Refused
-from protocols.ids import BlockId, Subject
+from protocols.ids import BlockId, Subject, cid_text
 from storage.pins import Pin
 
 LAYERS, EXPERTS = 2, 4
@@ -172,11 +172,14 @@ async def test_the_last_copy_is_dropped_only_by_force(tiny: Path, tmp_path: Path
     async with placed(tiny, tmp_path, 100 * ONE, "bob", "carol") as story:
         bob, carol = story.plans["bob"], story.plans["carol"]
         block = story.experts[0]
+        known = bob._store.block(block)
+        subject = known and known.header.subject
         await bob.hold([block])
         await story.adverts_travel()
         with pytest.raises(Refused, match="nobody else holds") as refused:
             await bob.drop([block])
         assert refused.value.code is ErrorCode.LAST_COPY
+        assert refused.value.data == {"expert": subject, "block": cid_text(block)}
         await carol.hold([block])
         await story.adverts_travel()
         await bob.drop([block])
