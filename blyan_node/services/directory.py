@@ -177,13 +177,10 @@ class Adverts:
                 self._apply(signed.advert)
 
     def _apply(self, advert: Advert) -> None:
-        before = self._blocks(advert.peer)
-        if self.directory.apply(advert, trio.current_time()) and before != set(advert.held()):
+        before = self.directory.held(advert.peer)
+        self.directory.apply(advert, trio.current_time())
+        if before != self.directory.held(advert.peer):
             self.changes.tell()
-
-    def _blocks(self, peer: PeerId) -> set[HeldExpert]:
-        advert = self.directory.advert(peer)
-        return set(advert.held()) if advert else set()
 
     async def _expire(self) -> None:
         while True:

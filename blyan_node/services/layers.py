@@ -175,6 +175,8 @@ class _Run:
             case _Replied(send, Busy()):
                 return self._dispatch.busy(send.ticket, now)
             case _Replied(send, NotHeld(blocks)):
+                for block in blocks:
+                    self._layers.adverts.directory.disown(send.peer, block)
                 return self._dispatch.not_held(send.ticket, blocks, now)
             case _Replied(send):
                 return self._dispatch.failed(send.ticket, now)

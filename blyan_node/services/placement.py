@@ -3,8 +3,8 @@
 With `auto` the pure plan of `protocols.experts.placement` says, from the adverts of everybody, what
 this node is to take and to let go; every node computes the same, so the network returns to its
 replica target by itself after a loss. What was held before a restart, and is still wanted, is
-loaded first, since it is stored here. A block that an update has replaced is kept for a while, for
-sessions that still use it.
+loaded first, since it is stored here. A block that an update has replaced is kept for as long as
+sessions still ask for it, and a while longer.
 """
 
 import logging
@@ -69,7 +69,7 @@ class Placement:
         self._me = me
         self._steady = Steady()
         self._not_before: dict[BlockId, float] = {}
-        self._superseded: dict[BlockId, float] = {}
+        self._superseded: dict[BlockId, tuple[float, int]] = {}  # last used when, calls by then
         self._before: set[BlockId] = set()  # held by an earlier run
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -240,13 +240,13 @@ class Placement:
         return held
 
     async def _let_superseded_go(self) -> None:
-        """Drops what no head names any more, after a while."""
+        """Drops what no head names any more, once it has not been asked for for a while."""
         now = trio.current_time()
         heads = {block for model in self._chain.models() for block in self._experts(model)}
         mine = {held.block for held in self._holding.advertised()}
         gone = (mine | self._before) - heads
-        self._superseded = {block: self._superseded.get(block, now) for block in gone}
-        for block, since in list(self._superseded.items()):
+        self._superseded = {block: self._used(block, now) for block in gone}
+        for block, (since, _) in list(self._superseded.items()):
             if now - since >= limits.placement_superseded_s:
                 del self._superseded[block]
                 self._before.discard(block)
@@ -254,3 +254,10 @@ class Placement:
                     await self._holding.drop(block)
                 else:
                     self._store.unpin(block, reason=Pin.HELD)
+
+    def _used(self, block: BlockId, now: float) -> tuple[float, int]:
+        """When a superseded block was last seen to be of use, and how often it was by then."""
+        held = self._holding.get(block)
+        calls = held.calls if held else 0
+        since, before = self._superseded.get(block, (now, calls))
+        return (since, calls) if calls == before else (now, calls)

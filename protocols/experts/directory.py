@@ -49,11 +49,15 @@ class Directory:
             return False
         self._experts -= entry[0].experts
         for held in entry[0].held():
-            holders = self._holders.get(held.block, {})
-            holders.pop(peer, None)
-            if not holders:
-                self._holders.pop(held.block, None)
+            self.disown(peer, held.block)
         return True
+
+    def disown(self, peer: PeerId, block: BlockId) -> None:
+        """`peer` says itself that it does not hold `block`: so it is until its next advert."""
+        holders = self._holders.get(block, {})
+        holders.pop(peer, None)
+        if not holders:
+            self._holders.pop(block, None)
 
     def expire(self, now: float) -> list[PeerId]:
         """Forgets adverts whose lifetime is over and says whose."""
@@ -61,6 +65,12 @@ class Directory:
         for peer in gone:
             self.remove(peer)
         return gone
+
+    def held(self, peer: PeerId) -> frozenset[HeldExpert]:
+        """What `peer` holds."""
+        advert = self.advert(peer)
+        said = advert.held() if advert else ()
+        return frozenset(held for held in said if peer in self._holders.get(held.block, ()))
 
     def holders(self, block: BlockId) -> Sequence[PeerId]:
         """The peers that hold `block`, in the order of their ids."""

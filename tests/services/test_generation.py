@@ -396,6 +396,7 @@ async def test_an_expert_that_is_dropped_on_the_way_is_found_elsewhere(
         result = await told.alice.generation.generate(ask(), nobody)
         assert result.token_ids == truth.generate(PROMPT, 12)
         assert all(told.bob.peer_id not in entry.peers for entry in result.trace.values())
+        assert told.bob.serving.requests <= len(TWICE["bob"])  # each is denied once
 
 
 @trio_test

@@ -227,6 +227,12 @@ async def test_what_is_held_follows_its_subject_to_a_new_head(
             await each.round()
         assert bob.holding.keeps(new) and bob.holding.keeps(old)
         assert not carol.holding.keeps(new) and carol.holding.keeps(old)
+        for asked in (1, 0):
+            since, held = lists[1]._superseded[old][0], carol.holding.get(old)
+            assert held is not None
+            held.calls += asked
+            await lists[1].round()
+            assert (lists[1]._superseded[old][0] > since) == bool(asked)
         monkeypatch.setattr("protocols.limits.placement_superseded_s", 0.0)
         for each in lists:
             await each.round()

@@ -117,3 +117,17 @@ def test_strangers_leave_room_for_peers(monkeypatch: pytest.MonkeyPatch) -> None
     assert directory.apply(advert(ALICE, 1, OLD), 0)
     assert directory.holders(OLD) == [ALICE.peer_id]
     assert not directory.apply(advert(BOB, 2, OLD), 0)
+
+
+def test_what_a_peer_denies_it_holds_again_with_its_next_advert() -> None:
+    directory = Directory()
+    directory.apply(advert(ALICE, 1, OLD, NEW), 0)
+    directory.disown(ALICE.peer_id, OLD)
+    directory.disown(BOB.peer_id, OLD)
+    assert directory.holders(OLD) == [] and directory.holders(NEW) == [ALICE.peer_id]
+    assert {held.block for held in directory.held(ALICE.peer_id)} == {NEW}
+    assert directory.held(BOB.peer_id) == frozenset()
+    directory.apply(advert(ALICE, 2, OLD), 1)
+    assert directory.holders(OLD) == [ALICE.peer_id]
+    directory.disown(ALICE.peer_id, OLD)
+    assert directory.remove(ALICE.peer_id) and directory.holders(OLD) == []
