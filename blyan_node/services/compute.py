@@ -1,14 +1,39 @@
 """Products on rows that came from, or go to, the network; for compute threads."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.experts import Expert
+from protocols.errors import RemoteProtocolError
+from protocols.forward.messages import PROTOCOL, Activate, Activated
+from protocols.ids import BlockId
 
 Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """What one layer is to compute: `rows` [n, hidden], `experts` [n, top_k], blocks by expert."""
+
+    model: BlockId
+    layer: int
+    rows: Rows
+    experts: Sequence[Sequence[int]]
+    blocks: Mapping[int, BlockId]
 
 
 def apply_expert(expert: Expert, rows: Rows) -> Rows:
     """The expert's unweighted output [n, hidden] for `rows` [n, hidden], which are writable."""
     return array_of(expert.apply(tensor_of(rows)))
+
+
+def finite_rows(reply: Activated, asked: Activate) -> Rows:
+    """The rows [rows_out, hidden] of a reply; raises `RemoteProtocolError` for infinities, NaN."""
+    rows = np.frombuffer(reply.data, "<f4").reshape(asked.rows_out, asked.hidden)
+    if not np.isfinite(rows).all():
+        raise RemoteProtocolError(f"{PROTOCOL} Activated", "a value is not a finite number")
+    return rows

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import trio
@@ -25,6 +25,7 @@ from blyan_node.services.session import Choices, Session
 from blyan_node.services.supply import Progress, silent
 from blyan_node.services.texts import TextProcess, Texts
 from blyan_node.services.trunks import Trunks
+from blyan_node.services.writer import Emit, Finish, Writer
 from protocols import limits
 from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
@@ -34,12 +35,8 @@ from protocols.rpc.generate import (
     ForwardResult,
     GenerateRequest,
     GenerateResult,
-    Token,
 )
 from storage.store import Store
-
-Emit = Callable[[Token], None]
-Finish = Literal["length", "stop", "cancelled"]
 
 
 class Heads(Protocol):
@@ -105,7 +102,7 @@ class Generation:
             prompt = await _prompt(request, answer.description.name, text)
             answer.account.prompt_tokens = len(prompt)
             stops = frozenset() if request.ignore_eos else answer.description.stop_ids
-            writer = _Writer(text, answer.account, emit, stops, request.max_tokens)
+            writer = Writer(text, answer.account, emit, stops, request.max_tokens)
             decode = partial(self._decode, prompt, request, answer, writer)
             on_begin()
             finish = await _until(cancelled, decode)
@@ -183,7 +180,7 @@ class Generation:
         return model, root, found.heads
 
     async def _decode(
-        self, prompt: Sequence[int], request: GenerateRequest, answer: _Answer, writer: "_Writer"
+        self, prompt: Sequence[int], request: GenerateRequest, answer: _Answer, writer: Writer
     ) -> Finish:
         seed = secrets.randbits(63) if request.seed is None else request.seed
         sampler = Sampler(request.temperature, request.top_p, seed)
@@ -196,55 +193,6 @@ class Generation:
             if finish is not None:
                 return finish
             ids = [token]
-
-
-class _Writer:
-    """The tokens of an answer, handed on as they come, with the text that each adds."""
-
-    def __init__(
-        self,
-        text: TextProcess | None,
-        account: Account,
-        emit: Emit,
-        stops: frozenset[int],
-        most: int,
-    ) -> None:
-        self.ids: list[int] = []
-        self._account = account
-        self._emit = emit
-        self._stops = stops
-        self._most = most
-        self._stream = None if text is None else text.stream()
-        self._pieces: list[str] = []
-
-    async def put(self, token: int) -> Finish | None:
-        """Takes the next token; how the answer ends if this is its last."""
-        self._account.token(trio.current_time())
-        self.ids.append(token)
-        finish: Finish | None = None
-        if token in self._stops:
-            finish = "stop"
-        elif len(self.ids) == self._most:
-            finish = "length"
-        self._emit(Token(token_id=token, text=await self._text(token, finish)))
-        return finish
-
-    async def end(self) -> str | None:
-        """The whole text."""
-        if self._stream is None:
-            return None
-        self._pieces.append(await self._stream.finish())
-        return "".join(self._pieces)
-
-    async def _text(self, token: int, finish: Finish | None) -> str | None:
-        """What the token adds; with the last one comes all that was held."""
-        if self._stream is None:
-            return None
-        piece = "" if finish == "stop" else await self._stream.add(token)
-        if finish is not None:
-            piece += await self._stream.finish()
-        self._pieces.append(piece)
-        return piece
 
 
 async def _prompt(request: GenerateRequest, model: str, text: TextProcess | None) -> Sequence[int]:

@@ -7,7 +7,7 @@ is waited for a moment, and then the request fails and names the expert and its 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import trio
 from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.account import Account
-from blyan_node.services.compute import Rows, apply_expert
+from blyan_node.services.compute import LayerRows, Rows, apply_expert, finite_rows
 from blyan_node.services.directory import Adverts
 from blyan_node.services.holding import Holding, NoRoom
 from protocols import limits
@@ -35,19 +35,8 @@ from protocols.forward.messages import (
     Reply,
     check_reply,
 )
-from protocols.ids import BlockId, PeerId, cid_text, expert_subject
+from protocols.ids import PeerId, cid_text, expert_subject
 from protocols.ready import Ready
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """What one layer is to compute: `rows` [n, hidden], `experts` [n, top_k], blocks by expert."""
-
-    model: BlockId
-    layer: int
-    rows: Rows
-    experts: Sequence[Sequence[int]]
-    blocks: Mapping[int, BlockId]
 
 
 @dataclass(frozen=True)
@@ -228,7 +217,7 @@ class _Run:
             check_reply(reply, message)
             if isinstance(reply, Activated):
                 self._account.bytes_received += len(reply.data)
-                return _Replied(send, reply, _finite(reply, message))
+                return _Replied(send, reply, finite_rows(reply, message))
             return _Replied(send, reply)
         except (PeerGone, PeerRefused, RequestTimeout):
             return _Replied(send, None)
@@ -302,10 +291,3 @@ class _Run:
             "Try again later, or start a gpu node with room for it.",
             {"expert": subject, "block": cid_text(need.block)},
         )
-
-
-def _finite(reply: Activated, asked: Activate) -> Rows:
-    rows = np.frombuffer(reply.data, "<f4").reshape(asked.rows_out, asked.hidden)
-    if not np.isfinite(rows).all():
-        raise RemoteProtocolError(f"{PROTOCOL} Activated", "a value is not a finite number")
-    return rows

@@ -13,8 +13,8 @@ from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.trunk import Attended, Trunk
 from blyan_node.services.account import Account
-from blyan_node.services.compute import Rows
-from blyan_node.services.layers import LayerRows, Layers
+from blyan_node.services.compute import LayerRows, Rows
+from blyan_node.services.layers import Layers
 from protocols.ids import BlockId, Subject, parse_subject
 
 T = TypeVar("T")
