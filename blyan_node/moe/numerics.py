@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.config import Rope
+from blyan_node.moe.stored import Weight, tiles
 
 ALIGNED_FLOATS = 16
-_TILE_FLOATS = 256 * 1024  # a piece of a matrix that stays in the second-level cache
 _TABLE_POSITIONS = 512
 
 
@@ -36,27 +36,38 @@ def align(x: Tensor) -> Tensor:
     return copy
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [n, k] times weight [m, k] transposed, plus bias [m]: float32 [n, m], row by row.
 
-    `weight` may be stored by rows or by columns (a transposed view); the result's bits depend on
-    which. With several rows, a weight that is stored by rows is walked in pieces that stay in the
-    cache; a piece gives the same bits as the whole.
+    `weight` is as it is stored, by rows or by columns (a transposed view); the result's bits are
+    those of its float32 values so stored, whatever the tiles in which it is walked.
     """
-    x, out, n = align(x), aligned(x.shape[0], weight.shape[0]), x.shape[0]
-    step = weight.shape[0]
-    if n > 1 and weight.stride(1) == 1:
-        step = max(64, _TILE_FLOATS // weight.shape[1] // 64 * 64)
-    for first in range(0, weight.shape[0], step):
-        piece = weight[first : first + step]
-        for row in range(n):
-            torch.mv(piece, x[row], out=out[row, first : first + step])
-    return out if bias is None else out.add_(bias)
+    x, n = align(x), x.shape[0]
+    out = aligned(n, weight.shape[0])
+    if isinstance(weight, Tensor) and weight.stride(1) != 1:
+        _add_up(x, weight.t(), out)
+    else:
+        for first, tile in tiles(weight, n):
+            last = first + tile.shape[0]
+            for row in range(n):
+                torch.mv(tile, x[row], out=out[row, first:last])
+    return out if bias is None else out.add_(bias.float())
+
+
+def _add_up(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """x [n, k] times weight [k, m] into out [n, m]: such a product adds up in the order of k."""
+    for first, tile in tiles(weight, x.shape[0]):
+        last = first + tile.shape[0]
+        for row in range(x.shape[0]):
+            if first:
+                out[row].addmv_(tile.t(), x[row, first:last])
+            else:
+                torch.mv(tile.t(), x[row, :last], out=out[row])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of each row of x [n, hidden]."""
-    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -129,16 +140,20 @@ def attention_row(
     return out
 
 
-def route(logits: Tensor, top_k: int, *, over_chosen: bool) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, *, over_chosen: bool, renormalise: bool = True
+) -> tuple[Tensor, Tensor]:
     """The experts of each row of logits [n, experts] and their weights, best first: [n, top_k].
 
-    Equal logits go to the smaller expert. Softmax over all experts and renormalising gives the
-    same weights as softmax over the chosen ones up to rounding; `over_chosen` says which is done.
+    Equal logits go to the smaller expert. The softmax is over the chosen or over all experts; of
+    all, the chosen weights may be renormalised, which is the same up to rounding.
     """
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
     if over_chosen:
         return order, torch.softmax(logits.gather(1, order), dim=-1)
     chosen = torch.softmax(logits, dim=-1).gather(1, order)
+    if not renormalise:
+        return order, chosen
     total = chosen[:, 0]
     for rank in range(1, top_k):
         total = total + chosen[:, rank]

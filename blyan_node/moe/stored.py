@@ -1,0 +1,109 @@
+"""Weights in the precision in which they were published, widened to float32 while they are used.
+
+A matrix stays where it lies, in a mapped pack file: a tensor of its stored type, or `Mxfp4`. A
+product walks it in tiles; each tile is widened, exactly, into a buffer of the thread's own that is
+used again for the next one and so stays in the cache. float32 is not widened and not copied. What
+a tile may be, so that its products have the same bits as those of the whole, and how fast it is, is
+in docs/decisions/0006-weights-in-place.md.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from blyan_node.moe.strict_json import refuse
+
+TILE_FLOATS = 1 << 20  # 4 MiB: a third-level cache has it, and a product has rows to work on
+TILE_ROWS = 64  # a tile has a multiple of these, or is the last
+
+BLOCK = 32  # values that share a scale
+SCALE_MAX = 240  # a greater one, above 2^113, is refused; so is 255, which is no number
+_BOTH_NIBBLES = 0x0100_1000  # times a byte: each nibble in the upper 4 of 16 bits
+_SIGN_AND_VALUE = -0x71FF_7200  # 0x8E008E00: the bits of two halves that nibbles set
+_HALF_BIAS = 2.0**14  # a nibble's bits in a half are its value over this
+
+
+class Mxfp4:
+    """A matrix [out, in] of 4-bit floats, 32 of a row with one power of two (OCP MX v1.0: E2M1).
+
+    `blocks` is uint8 [out, in / 32, 16], the even value in the low nibble; `scales` is uint8
+    [out, in / 32], each an exponent plus 127.
+    """
+
+    def __init__(self, blocks: Tensor, scales: Tensor) -> None:
+        """Raises `Refused` (BAD_MODEL) for a scale that float32 cannot compute with."""
+        assert blocks.shape == (*scales.shape, BLOCK // 2)
+        if scales.numel() and int(scales.max()) > SCALE_MAX:
+            refuse(f"an MXFP4 scale is {int(scales.max())}, at most {SCALE_MAX} is read")
+        self.blocks = blocks
+        self.scales = scales
+        self.shape = (scales.shape[0], scales.shape[1] * BLOCK)
+
+    def widen(self, first: int, last: int, out: Tensor) -> None:
+        """Writes the rows [first, last) into `out`, contiguous float32 [last - first, in]."""
+        packed = self.blocks[first:last].reshape(-1)
+        pairs = _scratch.pairs(packed.numel()).copy_(packed).mul_(_BOTH_NIBBLES)
+        halves = pairs.view(torch.int16).bitwise_right_shift_(3)  # the sign is drawn along
+        pairs.bitwise_and_(_SIGN_AND_VALUE)
+        out.view(-1).copy_(halves.view(torch.float16))
+        scales = self.scales[first:last].reshape(-1).to(torch.int32)
+        factors = torch.index_select(_FACTORS, 0, scales)
+        out.view(-1, BLOCK).mul_(factors[:, None])
+
+
+Weight = Tensor | Mxfp4
+
+# A scale's power of two, times what a nibble in a half is short of.
+_FACTORS = torch.tensor([2.0 ** (scale - 127) * _HALF_BIAS for scale in range(SCALE_MAX + 1)])
+
+
+class _Scratch(threading.local):
+    """The buffers of one thread."""
+
+    def __init__(self) -> None:
+        self._tile = _buffer(0, torch.float32)
+        self._pairs = _buffer(0, torch.int32)
+
+    def tile(self, rows: int, columns: int) -> Tensor:
+        """float32 [rows, columns], with what was left there."""
+        if self._tile.numel() < rows * columns:
+            self._tile = _buffer(max(TILE_FLOATS, rows * columns), torch.float32)
+        return self._tile[: rows * columns].view(rows, columns)
+
+    def pairs(self, count: int) -> Tensor:
+        """int32 [count], with what was left there."""
+        if self._pairs.numel() < count:
+            self._pairs = _buffer(max(TILE_FLOATS // 2, count), torch.int32)
+        return self._pairs[:count]
+
+
+def _buffer(count: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # else only inference mode could write to it
+        return torch.empty(count, dtype=dtype)
+
+
+_scratch = _Scratch()
+
+
+def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """The float32 tiles of a matrix that is stored by rows, each with the row that it begins at.
+
+    They are for a product with `rows` rows; each is valid until the next.
+    """
+    count, width = weight.shape
+    in_place = isinstance(weight, Tensor) and weight.dtype == torch.float32
+    step = max(TILE_ROWS, TILE_FLOATS // max(1, width) // TILE_ROWS * TILE_ROWS)
+    if in_place and rows == 1:
+        step = max(1, count)
+    for first in range(0, count, step):
+        last = min(count, first + step)
+        if isinstance(weight, Mxfp4):
+            tile = _scratch.tile(last - first, width)
+            weight.widen(first, last, tile)
+        elif in_place:
+            tile = weight[first:last]
+        else:
+            tile = _scratch.tile(last - first, width).copy_(weight[first:last])
+        yield first, tile
