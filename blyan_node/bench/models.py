@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blyan_node.moe.config import parse_config
 from blyan_node.moe.export import Description, write_checkpoint
-from blyan_node.moe.layout import layout
+from blyan_node.moe.families import layout, parse_config
 from protocols.ids import Subject
 from protocols.tensors.manifest import Dtype
 

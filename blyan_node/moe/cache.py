@@ -10,17 +10,18 @@ _FIRST_POSITIONS = 256
 
 
 class KVCache:
-    """Keys and values by layer, [kv heads, positions, head_dim], in buffers that double.
+    """Keys and values by layer, each [heads, positions, dim] as the layer's attention says.
+
+    Buffers double when they are full.
 
     Each layer has its own length, so a pass that was cut off in the middle can be undone with
     `truncate` and done again.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self._heads, self._dim = config.kv_heads, config.head_dim
-        self._stride = -(-self._dim // ALIGNED_FLOATS) * ALIGNED_FLOATS
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * config.layers
-        self._lengths = [0] * config.layers
+        self._sizes = [layer.attention.cached for layer in config.layers]
+        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * len(config.layers)
+        self._lengths = [0] * len(config.layers)
 
     @property
     def length(self) -> int:
@@ -42,19 +43,18 @@ class KVCache:
         self._lengths = [min(known, length) for known in self._lengths]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Adds keys and values [n, kv heads, head_dim] of the next n positions of a layer."""
+        """Adds keys and values, each [n, heads, dim], of the next n positions of a layer."""
         first = self._lengths[layer]
         last = first + keys.shape[0]
-        pair = self._room(layer, last)
-        pair[0][:, first:last, : self._dim] = keys.transpose(0, 1)
-        pair[1][:, first:last, : self._dim] = values.transpose(0, 1)
+        for buffer, new in zip(self._room(layer, last), (keys, values), strict=True):
+            buffer[:, first:last, : new.shape[2]] = new.transpose(0, 1)
         self._lengths[layer] = last
 
     def seen(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions [first, last): [kv heads, positions, head_dim]."""
-        pair = self._buffers[layer]
+        """Keys and values of the positions [first, last), each [heads, positions, dim]."""
+        pair, sizes = self._buffers[layer], self._sizes[layer]
         assert pair is not None and last <= self._lengths[layer]
-        return pair[0][:, first:last, : self._dim], pair[1][:, first:last, : self._dim]
+        return pair[0][:, first:last, : sizes[0][1]], pair[1][:, first:last, : sizes[1][1]]
 
     def _room(self, layer: int, positions: int) -> tuple[Tensor, Tensor]:
         pair = self._buffers[layer]
@@ -64,13 +64,15 @@ class KVCache:
         room = max(_FIRST_POSITIONS, room)
         while room < positions:
             room *= 2
-        grown = (
-            torch.zeros(self._heads, room, self._stride),
-            torch.zeros(self._heads, room, self._stride),
-        )
+        keys, values = self._sizes[layer]
+        grown = _empty(*keys, room), _empty(*values, room)
         if pair is not None:
             known = self._lengths[layer]
             for new, old in zip(grown, pair, strict=True):
                 new[:, :known] = old[:, :known]
         self._buffers[layer] = grown
         return grown
+
+
+def _empty(heads: int, dim: int, positions: int) -> Tensor:
+    return torch.zeros(heads, positions, -(-dim // ALIGNED_FLOATS) * ALIGNED_FLOATS)

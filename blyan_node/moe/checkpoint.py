@@ -14,8 +14,9 @@ from typing import Self
 
 import numpy as np
 
-from blyan_node.moe.config import ModelConfig, parse_config
-from blyan_node.moe.layout import SubjectLayout, TensorLayout, layout, sources
+from blyan_node.moe.config import ModelConfig
+from blyan_node.moe.families import form_of_sources, layout, parse_config, sources
+from blyan_node.moe.layout import Form, SubjectLayout, TensorLayout
 from blyan_node.moe.safetensors_file import (
     StoredTensor,
     read_header,
@@ -65,8 +66,9 @@ class Checkpoint:
             refuse(f"{path} is not a directory", path=str(path))
         config = parse_config(_read_small(path / "config.json"))
         tensors = _find_tensors(path)
-        _check(config, tensors)
-        subjects = tuple(layout(config))
+        form = form_of_sources(config, tensors)
+        _check(config, form, tensors)
+        subjects = tuple(layout(config, form))
         return cls(
             path, config, _small_files(path), subjects, tensors, {s.subject: s for s in subjects}
         )
@@ -98,7 +100,7 @@ class Checkpoint:
         path, stored = self._tensors[tensor.source]
         begin, size = stored.begin, stored.size
         if tensor.index is not None:
-            size //= self.config.experts
+            size //= stored.shape[0]
             begin += tensor.index * size
         pieces = read_pieces(path, begin, size)
         return TensorSource(tensor.name, stored.dtype, tensor.shape, size, pieces)
@@ -169,8 +171,10 @@ def _read_index(path: Path) -> dict[str, str]:
     return by_name
 
 
-def _check(config: ModelConfig, tensors: Mapping[str, tuple[Path, StoredTensor]]) -> None:
-    wanted = sources(config)
+def _check(
+    config: ModelConfig, form: Form, tensors: Mapping[str, tuple[Path, StoredTensor]]
+) -> None:
+    wanted = sources(config, form)
     for name, shape in wanted.items():
         if name not in tensors:
             refuse(f"the tensor {name} is missing", tensor=name)

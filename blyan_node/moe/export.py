@@ -1,8 +1,9 @@
 """Writing a model back as a Hugging Face directory, byte for byte.
 
-The tensors have the names, types and bytes that they had when they were published; what gpt_oss
-keeps fused is fused again. They are cut into files at tensor boundaries. Every file is there whole
-or not at all, and `config.json` comes last: a directory without it is an export that was cut off.
+The tensors have the names, types and bytes that they had when they were published; experts that
+were fused by layer are fused again. Tensors are cut into files at their boundaries. Every file is
+there whole or not at all, and `config.json` comes last: a directory without it is an export that
+was cut off.
 """
 
 import json
@@ -13,9 +14,11 @@ from pathlib import Path
 
 from blyan_node.moe.checkpoint import INDEX_FILE, SINGLE_FILE
 from blyan_node.moe.config import ModelConfig
-from blyan_node.moe.layout import TensorLayout, layout, sources
+from blyan_node.moe.families import form_of_names, layout, sources
+from blyan_node.moe.layout import TensorLayout
 from blyan_node.moe.safetensors_file import header_bytes, write_whole
 from blyan_node.moe.strict_json import refuse
+from protocols.dag.header import Kind
 from protocols.ids import Subject
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 
@@ -84,10 +87,12 @@ def write_checkpoint(
 
 
 def _whole_tensors(config: ModelConfig, describe: Describe) -> list[_Whole]:
-    shapes = sources(config)
+    first = next(part for part in layout(config) if part.kind is Kind.EXPERT)
+    form = form_of_names(config, describe(first.subject))
+    shapes = sources(config, form)
     parts: dict[str, list[tuple[Subject, str]]] = {}
     dtypes: dict[str, Dtype] = {}
-    for part in layout(config):
+    for part in layout(config, form):
         described = describe(part.subject)
         for tensor in part.tensors:
             dtype = _dtype(part.subject, tensor, described)

@@ -1,17 +1,38 @@
 """Which tensors a model consists of, subject by subject, and where a checkpoint keeps them.
 
 A subject is one replaceable part of a model. Its tensors have local names: the checkpoint's names
-without the prefix that says which part they belong to (`w1.weight`, `self_attn.q_proj.weight`).
-gpt_oss keeps the experts of a layer in one tensor; there a local tensor is one slice of it along
-the first axis, which is a contiguous piece of the file.
+without the prefix that says which part they belong to (`w1.weight`, `self_attn.q_proj.weight`),
+and roles, by which whatever computes finds them. Here are the parts that families share; which of
+them a family consists of, and under which names, is said in `blyan_node.moe.families`.
+
+A checkpoint keeps its experts in one of two forms: `separate`, each with tensors of its own, or
+`fused`, those of a layer in one tensor, of which an expert's local tensor is one slice along the
+first axis: a contiguous piece of the file. Only experts (and where the router lies) differ by form.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from blyan_node.moe.config import ModelConfig
+from blyan_node.moe.config import GroupedAttention, ModelConfig, MoeFeed
 from protocols.dag.header import Kind
 from protocols.ids import Subject, expert_subject
+
+Form = Literal["separate", "fused"]
+Roles = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A tensor of a part: its role, its local name and shape.
+
+    `transposed`: the file has [in, out], while the role is a matrix [out, in].
+    """
+
+    role: str
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +43,8 @@ class TensorLayout:
     shape: tuple[int, ...]
     source: str
     index: int | None = None
+    role: str = ""
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,91 +63,111 @@ class SubjectLayout:
         raise KeyError(name)
 
 
-def layout(config: ModelConfig) -> list[SubjectLayout]:
-    """Every subject of a model, in the order in which a forward pass meets them."""
-    c = config
-    parts = [_part("embed", Kind.TRUNK, "model.", {"embed_tokens.weight": (c.vocab, c.hidden)})]
-    for layer in range(c.layers):
-        prefix = f"model.layers.{layer}."
-        parts.append(_part(f"layer{layer}.attention", Kind.TRUNK, prefix, _attention(c)))
-        parts.append(_router(c, layer, prefix))
-        parts.extend(_expert(c, layer, expert, prefix) for expert in range(c.experts))
-    parts.append(_part("final", Kind.TRUNK, "model.", {"norm.weight": (c.hidden,)}))
-    if not c.tied:
-        parts.append(_part("head", Kind.TRUNK, "", {"lm_head.weight": (c.vocab, c.hidden)}))
-    return parts
-
-
-def expert_layout(config: ModelConfig) -> SubjectLayout:
-    """The tensors that any one expert of the model has, by the example of the first."""
-    return _expert(config, 0, 0, "")
-
-
-def sources(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint by name, with their whole shapes."""
-    whole: dict[str, tuple[int, ...]] = {}
-    for tensor in _tensors(config):
-        shape = tensor.shape if tensor.index is None else (config.experts, *tensor.shape)
-        whole[tensor.source] = shape
-    return whole
-
-
-def _tensors(config: ModelConfig) -> Iterator[TensorLayout]:
-    for part in layout(config):
-        yield from part.tensors
-
-
-def _part(
-    subject: str, kind: Kind, prefix: str, shapes: Mapping[str, tuple[int, ...]]
+def part(
+    subject: str, kind: Kind, prefix: str, tensors: Iterable[Local], index: int | None = None
 ) -> SubjectLayout:
-    tensors = (TensorLayout(name, shape, prefix + name) for name, shape in shapes.items())
-    return SubjectLayout(Subject(subject), kind, tuple(tensors))
-
-
-def _attention(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The attention of one layer, with both norms of the layer."""
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (c.hidden,)}
-    for name, out, into in (
-        ("q", q, c.hidden), ("k", kv, c.hidden), ("v", kv, c.hidden), ("o", c.hidden, q),
-    ):  # fmt: skip
-        shapes[f"self_attn.{name}_proj.weight"] = (out, into)
-        if c.attention_bias:
-            shapes[f"self_attn.{name}_proj.bias"] = (out,)
-    if c.family == "gpt_oss":
-        shapes["self_attn.sinks"] = (c.heads,)
-    shapes["post_attention_layernorm.weight"] = (c.hidden,)
-    return shapes
-
-
-def _router(c: ModelConfig, layer: int, prefix: str) -> SubjectLayout:
-    shapes: dict[str, tuple[int, ...]]
-    if c.family == "gpt_oss":
-        prefix += "mlp."
-        shapes = {"router.weight": (c.experts, c.hidden), "router.bias": (c.experts,)}
-    else:
-        prefix += "block_sparse_moe."
-        shapes = {"gate.weight": (c.experts, c.hidden)}
-    return _part(f"layer{layer}.router", Kind.ROUTER, prefix, shapes)
-
-
-def _expert(c: ModelConfig, layer: int, expert: int, prefix: str) -> SubjectLayout:
-    subject = expert_subject(layer, expert)
-    if c.family == "mixtral":
-        shapes = {
-            "w1.weight": (c.intermediate, c.hidden),
-            "w3.weight": (c.intermediate, c.hidden),
-            "w2.weight": (c.hidden, c.intermediate),
-        }
-        return _part(subject, Kind.EXPERT, f"{prefix}block_sparse_moe.experts.{expert}.", shapes)
-    fused: dict[str, tuple[int, ...]] = {
-        "gate_up_proj": (c.hidden, 2 * c.intermediate),
-        "gate_up_proj_bias": (2 * c.intermediate,),
-        "down_proj": (c.intermediate, c.hidden),
-        "down_proj_bias": (c.hidden,),
-    }
-    tensors = (
-        TensorLayout(name, shape, f"{prefix}mlp.experts.{name}", expert)
-        for name, shape in fused.items()
+    """A subject whose tensors a checkpoint keeps under `prefix`, or as slices `index` of them."""
+    return SubjectLayout(
+        Subject(subject),
+        kind,
+        tuple(
+            TensorLayout(one.name, one.shape, prefix + one.name, index, one.role, one.transposed)
+            for one in tensors
+        ),
     )
-    return SubjectLayout(subject, Kind.EXPERT, tuple(tensors))
+
+
+def first_parts(config: ModelConfig) -> list[SubjectLayout]:
+    """What is before the layers."""
+    table = Local("weight", "embed_tokens.weight", (config.vocab, config.hidden))
+    return [part("embed", Kind.TRUNK, "model.", [table])]
+
+
+def last_parts(config: ModelConfig) -> list[SubjectLayout]:
+    """What is after the layers."""
+    norm = Local("weight", "norm.weight", (config.hidden,))
+    head = Local("weight", "lm_head.weight", (config.vocab, config.hidden))
+    parts = [part("final", Kind.TRUNK, "model.", [norm])]
+    return parts if config.tied else [*parts, part("head", Kind.TRUNK, "", [head])]
+
+
+def attention_part(config: ModelConfig, layer: int) -> SubjectLayout:
+    """The attention of one layer, with both norms of the layer."""
+    tensors = (
+        Local("input_norm", "input_layernorm.weight", (config.hidden,)),
+        *_grouped(config.layers[layer].attention, config.hidden),
+        Local("output_norm", "post_attention_layernorm.weight", (config.hidden,)),
+    )
+    return part(f"layer{layer}.attention", Kind.TRUNK, layer_prefix(layer), tensors)
+
+
+def _grouped(a: GroupedAttention, hidden: int) -> list[Local]:
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    tensors = []
+    for name, out, into in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden),
+                            ("o", hidden, q)):  # fmt: skip
+        tensors.append(Local(name, f"self_attn.{name}_proj.weight", (out, into)))
+        if a.bias:
+            tensors.append(Local(f"{name}_bias", f"self_attn.{name}_proj.bias", (out,)))
+    if a.qk_norm is not None:
+        q, kv = (q, kv) if a.qk_norm == "whole" else (a.head_dim, a.head_dim)
+        tensors.append(Local("q_norm", "self_attn.q_norm.weight", (q,)))
+        tensors.append(Local("k_norm", "self_attn.k_norm.weight", (kv,)))
+    if a.sinks:
+        tensors.append(Local("sinks", "self_attn.sinks", (a.heads,)))
+    return tensors
+
+
+def layer_prefix(layer: int) -> str:
+    """Where a checkpoint keeps a layer."""
+    return f"model.layers.{layer}."
+
+
+def router_part(config: ModelConfig, layer: int, prefix: str, name: str = "gate") -> SubjectLayout:
+    """The router of one layer under `prefix`, for example `mlp.`."""
+    feed = config.layers[layer].feed
+    assert isinstance(feed, MoeFeed)
+    tensors = [Local("weight", f"{name}.weight", (feed.experts, config.hidden))]
+    if feed.routing.bias:
+        tensors.append(Local("bias", f"{name}.bias", (feed.experts,)))
+    return part(f"layer{layer}.router", Kind.ROUTER, layer_prefix(layer) + prefix, tensors)
+
+
+def separate_expert(
+    config: ModelConfig, layer: int, expert: int, prefix: str, names: tuple[str, str, str]
+) -> SubjectLayout:
+    """An expert with three matrices of its own: `names` are those of gate, up and down."""
+    feed = config.layers[layer].feed
+    assert isinstance(feed, MoeFeed)
+    return part(
+        expert_subject(layer, expert),
+        Kind.EXPERT,
+        f"{layer_prefix(layer)}{prefix}experts.{expert}.",
+        gated(config.hidden, feed.intermediate, names),
+    )
+
+
+def fused_expert(layer: int, expert: int, prefix: str, tensors: Iterable[Local]) -> SubjectLayout:
+    """An expert whose tensors are slices of those of its layer."""
+    prefix = f"{layer_prefix(layer)}{prefix}experts."
+    return part(expert_subject(layer, expert), Kind.EXPERT, prefix, tensors, expert)
+
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def gated(hidden: int, inner: int, names: tuple[str, str, str] = GATED) -> list[Local]:
+    """The matrices of a gated feed-forward network, in the order of `names`."""
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    return [
+        Local(role, f"{name}.weight", shape)
+        for role, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True)
+    ]
+
+
+def gated_fused(hidden: int, inner: int) -> list[Local]:
+    """The same with gate above up in one matrix, as `transformers` 5 keeps it in memory."""
+    return [
+        Local("gate_up", "gate_up_proj", (2 * inner, hidden)),
+        Local("down", "down_proj", (hidden, inner)),
+    ]

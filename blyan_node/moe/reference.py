@@ -5,13 +5,20 @@ against `transformers`. It shares with them the arithmetic of `numerics` and not
 tensors are float32; shapes are in the comments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from blyan_node.moe.config import ModelConfig
-from blyan_node.moe.layout import layout
+from blyan_node.moe.config import (
+    Activation,
+    ClampedGate,
+    DenseFeed,
+    GroupedAttention,
+    ModelConfig,
+    MoeFeed,
+)
+from blyan_node.moe.families import expert_layout, layout
 from blyan_node.moe.numerics import (
     RopeTable,
     aligned,
@@ -24,7 +31,10 @@ from blyan_node.moe.numerics import (
     sigmoid,
 )
 from blyan_node.moe.sampling import Sampler
-from blyan_node.moe.weights import ReadWeights, load_part
+from blyan_node.moe.weights import ReadWeights, by_role, load_part
+from protocols.dag.header import Kind
+
+Weights = Mapping[str, Tensor]  # by role (`blyan_node.moe.layout`)
 
 
 class Reference:
@@ -33,10 +43,14 @@ class Reference:
     def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
         """Loads every subject; raises `Refused` (BAD_MODEL) for what does not fit."""
         self.config = config
-        self.parts: dict[str, dict[str, Tensor]] = {
-            part.subject: load_part(part, tensors(part.subject)) for part in layout(config)
-        }
-        self.rope = RopeTable(config.rope, config.head_dim)
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        for part in layout(config):
+            given = tensors(part.subject)
+            if part.kind is Kind.EXPERT:
+                part = expert_layout(config, part.subject, given)
+            self.parts[part.subject] = by_role(part, load_part(part, given))
+        dims = {layer.attention.rope_dim for layer in config.layers}
+        self.ropes = {dim: RopeTable(config.rope, dim) for dim in dims}
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -44,8 +58,7 @@ class Reference:
         session = _Session(self)
         rows = [session.step(token) for token in ids]
         chosen = {
-            layer: torch.stack([experts[layer] for _, experts in rows])
-            for layer in range(self.config.layers)
+            layer: torch.stack([experts[layer] for _, experts in rows]) for layer in rows[0][1]
         }
         return torch.stack([logits for logits, _ in rows]), chosen
 
@@ -75,69 +88,93 @@ class _Session:
 
     def __init__(self, model: Reference) -> None:
         self.model = model
-        self.keys: list[list[Tensor]] = [[] for _ in range(model.config.layers)]
-        self.values: list[list[Tensor]] = [[] for _ in range(model.config.layers)]
+        self.keys: list[list[Tensor]] = [[] for _ in model.config.layers]
+        self.values: list[list[Tensor]] = [[] for _ in model.config.layers]
 
-    def step(self, token: int) -> tuple[Tensor, list[Tensor]]:
+    def step(self, token: int) -> tuple[Tensor, dict[int, Tensor]]:
         """The next token in; its logits [vocab] and its experts [top_k] by layer out."""
         c, parts = self.model.config, self.model.parts
-        embedding = parts["embed"]["embed_tokens.weight"]
+        embedding = parts["embed"]["weight"]
         x = embedding[token : token + 1]  # [1, hidden]
-        chosen = []
-        for layer in range(c.layers):
-            part = parts[f"layer{layer}.attention"]
-            x = x + self._attention(layer, rms_norm(x, part["input_layernorm.weight"], c.norm_eps))
-            seen = rms_norm(x, part["post_attention_layernorm.weight"], c.norm_eps)
-            experts, weights = self._route(layer, seen)  # [1, top_k] each
-            rows = [self._expert(layer, int(expert), seen) for expert in experts[0]]
-            x = combine(x, weights, torch.stack(rows, dim=1))  # rows: [1, top_k, hidden]
-            chosen.append(experts[0])
-        x = rms_norm(x, parts["final"]["norm.weight"], c.norm_eps)
-        head = embedding if c.tied else parts["head"]["lm_head.weight"]
+        chosen = {}
+        for layer, one in enumerate(c.layers):
+            part, rope = parts[f"layer{layer}.attention"], self.model.ropes[one.attention.rope_dim]
+            seen = rms_norm(x, part["input_norm"], c.norm_eps)
+            x = x + self._attention(layer, one.attention, rope, seen)
+            seen = rms_norm(x, part["output_norm"], c.norm_eps)
+            if isinstance(one.feed, DenseFeed):
+                x = x + feed_forward(one.feed.activation, parts[f"layer{layer}.mlp"], seen)
+            else:
+                x, chosen[layer] = self._experts(layer, one.feed, x, seen)
+        x = rms_norm(x, parts["final"]["weight"], c.norm_eps)
+        head = embedding if c.tied else parts["head"]["weight"]
         return linear(x, head)[0], chosen
 
-    def _attention(self, layer: int, x: Tensor) -> Tensor:
+    def _attention(self, layer: int, c: GroupedAttention, rope: RopeTable, x: Tensor) -> Tensor:
         """x [1, hidden] → [1, hidden]; the layer's keys and values grow by one."""
-        c, part = self.model.config, self.model.parts[f"layer{layer}.attention"]
+        part, eps = self.model.parts[f"layer{layer}.attention"], self.model.config.norm_eps
 
-        def project(name: str, x: Tensor) -> Tensor:
-            weight, bias = f"self_attn.{name}_proj.weight", f"self_attn.{name}_proj.bias"
-            return linear(x, part[weight], part.get(bias))
+        def project(name: str) -> Tensor:  # [heads, head_dim]
+            rows = linear(x, part[name], part.get(f"{name}_bias"))
+            if c.qk_norm == "whole" and f"{name}_norm" in part:
+                rows = rms_norm(rows, part[f"{name}_norm"], eps)
+            heads = rows.reshape(-1, c.head_dim)
+            if c.qk_norm == "head" and f"{name}_norm" in part:
+                heads = rms_norm(heads, part[f"{name}_norm"], eps)
+            return heads if c.clip is None else heads.clamp(-c.clip, c.clip)
 
         keys, values = self.keys[layer], self.values[layer]
-        cos, sin = self.model.rope.at(len(keys))
-        query = rotate(project("q", x).reshape(c.heads, c.head_dim), cos, sin)
-        keys.append(rotate(project("k", x).reshape(c.kv_heads, c.head_dim), cos, sin))
-        values.append(project("v", x).reshape(c.kv_heads, c.head_dim))
-        window = c.windows[layer] or len(keys)  # a token sees itself and window - 1 before it
+        cos, sin = rope.at(len(keys))
+        query = rotate(project("q"), cos, sin)
+        keys.append(rotate(project("k"), cos, sin))
+        values.append(project("v"))
+        window = c.window or len(keys)  # a token sees itself and window - 1 before it
         out = attention_row(
             query,  # [heads, head_dim]
             _by_head(keys[-window:]),  # [kv heads, seen, head_dim]
             _by_head(values[-window:]),
             c.head_dim**-0.5,
-            part.get("self_attn.sinks"),
+            part.get("sinks"),
         )
-        return project("o", out.reshape(1, -1))
+        return linear(out.reshape(1, -1), part["o"], part.get("o_bias"))
 
-    def _route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        part, top_k = self.model.parts[f"layer{layer}.router"], self.model.config.top_k
-        if self.model.config.family == "gpt_oss":
-            logits = linear(x, part["router.weight"], part["router.bias"])
-            return route(logits, top_k, over_chosen=True)
-        return route(linear(x, part["gate.weight"]), top_k, over_chosen=False)
+    def _experts(
+        self, layer: int, c: MoeFeed, residual: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [1, hidden] → the layer's output [1, hidden] and the chosen experts [top_k]."""
+        parts = self.model.parts
+        router = parts[f"layer{layer}.router"]
+        logits = linear(x, router["weight"], router.get("bias"))
+        over_chosen = c.routing.score == "softmax_chosen"
+        experts, weights = route(
+            logits, c.top_k, over_chosen=over_chosen, renormalise=c.routing.renormalise
+        )  # [1, top_k] each
+        rows = [
+            feed_forward(c.activation, parts[f"layer{layer}.expert{expert}"], x)
+            for expert in experts[0]
+        ]
+        out = combine(residual, weights, torch.stack(rows, dim=1))  # rows: [1, top_k, hidden]
+        if c.shared_intermediate:
+            out = out + feed_forward(c.activation, parts[f"layer{layer}.shared"], x)
+        return out, experts[0]
 
-    def _expert(self, layer: int, expert: int, x: Tensor) -> Tensor:
-        """One expert's unweighted result: x [1, hidden] → [1, hidden]."""
-        c, w = self.model.config, self.model.parts[f"layer{layer}.expert{expert}"]
-        if c.family == "gpt_oss":
-            both = linear(x, w["gate_up_proj"].t(), w["gate_up_proj_bias"])
-            gate, up = both[:, ::2], both[:, 1::2]  # interleaved
-            gate = gate.clamp(max=c.swiglu_limit)
-            up = up.clamp(min=-c.swiglu_limit, max=c.swiglu_limit)
-            active = (up + 1) * (gate * sigmoid(gate * c.swiglu_alpha))
-            return linear(active, w["down_proj"].t(), w["down_proj_bias"])
-        gate, up = linear(x, w["w1.weight"]), linear(x, w["w3.weight"])
-        return linear(gate * sigmoid(gate) * up, w["w2.weight"])
+
+def feed_forward(activation: Activation, w: Weights, x: Tensor) -> Tensor:
+    """One expert's unweighted result, or that of a dense network: x [1, hidden] → [1, hidden]."""
+    if "gate" in w:
+        gate, up = linear(x, w["gate"]), linear(x, w["up"])
+    elif "gate_up" in w:
+        gate, up = linear(x, w["gate_up"]).chunk(2, dim=1)
+    else:
+        both = linear(x, w["gate_up_interleaved"], w["gate_up_bias"])
+        gate, up = both[:, ::2], both[:, 1::2]
+    if isinstance(activation, ClampedGate):
+        gate = gate.clamp(max=activation.limit)
+        up = up.clamp(min=-activation.limit, max=activation.limit)
+        active = (up + 1) * (gate * sigmoid(gate * activation.alpha))
+    else:
+        active = gate * sigmoid(gate) * up
+    return linear(active, w["down"], w.get("down_bias"))
 
 
 def _by_head(rows: list[Tensor]) -> Tensor:

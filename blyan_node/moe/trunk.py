@@ -1,47 +1,58 @@
 """What the main node computes itself: embedding, attention, routing, combining, logits.
 
 A pass goes layer by layer: `attend` gives the rows that the experts must see, whoever holds them;
-`combine` takes their results. Rows of one call are consecutive positions of one session. Which rows
-go together changes no bit (`blyan_node.moe.numerics`).
+`combine` takes their results. A dense layer, and the shared experts of another, are computed here.
+Rows of one call are consecutive positions of one session. Which rows go together changes no bit
+(`blyan_node.moe.numerics`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blyan_node.moe import numerics
+from blyan_node.moe.attention import Grouped
 from blyan_node.moe.cache import KVCache
-from blyan_node.moe.config import ModelConfig
-from blyan_node.moe.layout import layout
-from blyan_node.moe.weights import ReadWeights, load_part, resident_bytes
+from blyan_node.moe.config import DenseFeed, Feed, LayerConfig, ModelConfig, MoeFeed
+from blyan_node.moe.families import layout
+from blyan_node.moe.feed import FeedForward
+from blyan_node.moe.weights import ReadWeights, by_role, load_part, resident_bytes
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
 
 PREFILL_ROWS = 32
+Parts = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What goes to the experts of a layer, whoever holds them."""
+
+    normed: Tensor  # [n, hidden]: what they see
+    experts: Tensor  # int64 [n, top_k], the router's order
+    weights: Tensor  # float32 [n, top_k]
 
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """One layer's rows on their way to the experts and back."""
+    """One layer's rows. With `routed` None the layer is dense and `residual` is its output."""
 
+    layer: int
     residual: Tensor  # [n, hidden]
-    normed: Tensor  # [n, hidden]: what the experts see
-    experts: Tensor  # int64 [n, top_k], the router's order
-    weights: Tensor  # float32 [n, top_k]
+    routed: Routed | None
+    shared: Tensor | None = None  # [n, hidden]: of the experts that every token passes
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
     output_norm: Tensor
-    qkvo: tuple[Tensor, Tensor, Tensor, Tensor]
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-    sinks: Tensor | None
-    router: Tensor
-    router_bias: Tensor | None
-    window: int | None
+    attend: Callable[[int, Tensor, KVCache], Tensor]
+    feed: Feed
+    router: dict[str, Tensor]  # by role; empty in a dense layer
+    network: FeedForward | None  # of a dense layer, or the shared experts
 
 
 class Trunk:
@@ -50,19 +61,31 @@ class Trunk:
     def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
         """Loads everything but the experts; raises `Refused` (BAD_MODEL) for what does not fit."""
         self.config = config
-        parts: dict[str, dict[str, Tensor]] = {}
+        self.bytes = 0
+        parts: Parts = {}
         for part in layout(config):
             if part.kind is not Kind.EXPERT:
-                parts[part.subject] = load_part(part, tensors(part.subject))
-        self.bytes = sum(resident_bytes(part) for part in parts.values())
-        self._embedding = parts["embed"]["embed_tokens.weight"]
-        self._final_norm = parts["final"]["norm.weight"]
-        self._head = self._embedding if config.tied else parts["head"]["lm_head.weight"]
-        self._layers = [
-            _layer(parts[f"layer{n}.attention"], parts[f"layer{n}.router"], config.windows[n])
-            for n in range(config.layers)
-        ]
-        self._rope = numerics.RopeTable(config.rope, config.head_dim)
+                loaded = load_part(part, tensors(part.subject))
+                self.bytes += resident_bytes(loaded)
+                parts[part.subject] = by_role(part, loaded)
+        self._embedding = parts["embed"]["weight"]
+        self._final_norm = parts["final"]["weight"]
+        self._head = self._embedding if config.tied else parts["head"]["weight"]
+        self._ropes: dict[int, numerics.RopeTable] = {}
+        self._layers = [self._layer(n, one, parts) for n, one in enumerate(config.layers)]
+
+    def _layer(self, number: int, layer: LayerConfig, parts: Parts) -> _Layer:
+        attention, feed = parts[f"layer{number}.attention"], layer.feed
+        dim = layer.attention.rope_dim
+        if dim not in self._ropes:
+            self._ropes[dim] = numerics.RopeTable(self.config.rope, dim)
+        grouped = Grouped(layer.attention, attention, self._ropes[dim], self.config.norm_eps)
+        here = f"layer{number}.mlp" if isinstance(feed, DenseFeed) else f"layer{number}.shared"
+        network = FeedForward(feed.activation, parts[here]) if here in parts else None
+        router = parts.get(f"layer{number}.router", {})
+        return _Layer(
+            attention["input_norm"], attention["output_norm"], grouped.apply, feed, router, network
+        )
 
     def new_cache(self) -> KVCache:
         """An empty cache for one session."""
@@ -93,18 +116,37 @@ class Trunk:
     @torch.inference_mode()
     def attend(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
         """Attention and routing of one layer for the next rows x [n, hidden] of a session."""
-        c, part = self.config, self._layers[layer]
-        attended = self._attention(layer, numerics.rms_norm(x, part.input_norm, c.norm_eps), cache)
-        residual = x + numerics.linear(attended, part.qkvo[3], part.biases[3])
-        normed = numerics.rms_norm(residual, part.output_norm, c.norm_eps)
-        logits = numerics.linear(normed, part.router, part.router_bias)
-        experts, weights = numerics.route(logits, c.top_k, over_chosen=c.family == "gpt_oss")
-        return Attended(residual, normed, experts, weights)
+        eps, part = self.config.norm_eps, self._layers[layer]
+        residual = x + part.attend(layer, numerics.rms_norm(x, part.input_norm, eps), cache)
+        normed = numerics.rms_norm(residual, part.output_norm, eps)
+        here = None if part.network is None else part.network.apply(normed)
+        if isinstance(part.feed, MoeFeed):
+            return Attended(layer, residual, _route(part.feed, part.router, normed), here)
+        assert here is not None
+        return Attended(layer, residual + here, None)
+
+    @torch.inference_mode()
+    def walk(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
+        """As `attend` from `layer` on, through dense layers, to the next layer with experts.
+
+        If none is left, `residual` is the output of the last layer, and `layer` their number.
+        """
+        while layer < len(self._layers):
+            attended = self.attend(layer, x, cache)
+            if attended.routed is not None:
+                return attended
+            layer, x = layer + 1, attended.residual
+        return Attended(layer, x, None)
 
     @torch.inference_mode()
     def combine(self, attended: Attended, rows: Tensor) -> Tensor:
-        """The layer's output [n, hidden] from the experts' rows [n, top_k, hidden]."""
-        return numerics.combine(attended.residual, attended.weights, rows)
+        """The layer's output [n, hidden] from the experts' rows [n, top_k, hidden].
+
+        The sum's order: (residual + experts in ascending rank) + shared experts.
+        """
+        assert attended.routed is not None
+        out = numerics.combine(attended.residual, attended.routed.weights, rows)
+        return out if attended.shared is None else out + attended.shared
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
@@ -112,39 +154,13 @@ class Trunk:
         normed = numerics.rms_norm(x, self._final_norm, self.config.norm_eps)
         return numerics.linear(normed, self._head)
 
-    def _attention(self, layer: int, x: Tensor, cache: KVCache) -> Tensor:
-        """Attention before the output projection: x [n, hidden] → [n, heads * head_dim]."""
-        c, part, n = self.config, self._layers[layer], x.shape[0]
-        q, k, v = (
-            numerics.linear(x, weight, bias).reshape(n, -1, c.head_dim)
-            for weight, bias in zip(part.qkvo[:3], part.biases[:3], strict=True)
-        )
-        start = cache.length_of(layer)
-        turns = [self._rope.at(start + row) for row in range(n)]
-        k = torch.stack([numerics.rotate(k[row], *turns[row]) for row in range(n)])
-        cache.append(layer, k, v)
-        out = numerics.aligned(n, c.heads * c.head_dim)
-        for row in range(n):
-            last = start + row + 1
-            first = 0 if part.window is None else max(0, last - part.window)
-            keys, values = cache.seen(layer, first, last)
-            query = numerics.rotate(q[row], *turns[row])
-            seen = numerics.attention_row(query, keys, values, c.head_dim**-0.5, part.sinks)
-            out[row] = seen.reshape(-1)
-        return out
 
-
-def _layer(attention: dict[str, Tensor], router: dict[str, Tensor], window: int | None) -> _Layer:
-    projections = [f"self_attn.{name}_proj" for name in "qkvo"]
-    q, k, v, o = (attention[f"{name}.weight"] for name in projections)
-    bq, bk, bv, bo = (attention.get(f"{name}.bias") for name in projections)
-    return _Layer(
-        input_norm=attention["input_layernorm.weight"],
-        output_norm=attention["post_attention_layernorm.weight"],
-        qkvo=(q, k, v, o),
-        biases=(bq, bk, bv, bo),
-        sinks=attention.get("self_attn.sinks"),
-        router=router["router.weight"] if "router.weight" in router else router["gate.weight"],
-        router_bias=router.get("router.bias"),
-        window=window,
+def _route(feed: MoeFeed, router: dict[str, Tensor], normed: Tensor) -> Routed:
+    logits = numerics.linear(normed, router["weight"], router.get("bias"))
+    experts, weights = numerics.route(
+        logits,
+        feed.top_k,
+        over_chosen=feed.routing.score == "softmax_chosen",
+        renormalise=feed.routing.renormalise,
     )
+    return Routed(normed, experts, weights)

@@ -46,6 +46,14 @@ def load_part(part: SubjectLayout, tensors: Weights) -> dict[str, Tensor]:
     return loaded
 
 
+def by_role(part: SubjectLayout, loaded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A loaded part's tensors as whatever computes wants them: by role, matrices as [out, in]."""
+    return {
+        tensor.role: loaded[tensor.name].t() if tensor.transposed else loaded[tensor.name]
+        for tensor in part.tensors
+    }
+
+
 def resident_bytes(tensors: Mapping[str, Tensor]) -> int:
     """The memory that loaded tensors occupy when they are used."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

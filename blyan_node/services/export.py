@@ -7,8 +7,8 @@ from pathlib import Path
 
 import trio
 
-from blyan_node.moe.config import parse_config
 from blyan_node.moe.export import write_checkpoint
+from blyan_node.moe.families import parse_config
 from blyan_node.services.supply import Progress, Supply, silent
 from blyan_node.services.watched import Watched
 from protocols.errors import ErrorCode, Refused

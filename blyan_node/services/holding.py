@@ -22,7 +22,7 @@ from blyan_node.services.models import Models
 from blyan_node.services.supply import Progress, Supply, silent
 from protocols.errors import ErrorCode, Refused
 from protocols.experts.advert import HeldExpert
-from protocols.ids import BlockId, cid_text, parse_subject
+from protocols.ids import BlockId, cid_text, expert_subject, parse_subject
 from storage.pins import Pin
 from storage.store import Store
 
@@ -212,14 +212,15 @@ class Holding:
         what = self._name(block)
         description = await self._models.describe(what.model)
         config = description.config
-        if what.layer >= config.layers or what.expert >= config.experts:
+        if what.layer >= len(config.layers) or what.expert >= config.experts_of(what.layer):
             raise _not_an_expert(block)
         size = self.size_of(block)
         if not self.make_room(size):
             raise NoRoom(block, size, self.memory.free)
 
         def read() -> Expert:
-            return Expert(config, self._store.pack(block).tensors)
+            subject = expert_subject(what.layer, what.expert)
+            return Expert(config, subject, self._store.pack(block).tensors)
 
         expert = await trio.to_thread.run_sync(read, limiter=self._limiter)
         if not self.make_room(expert.bytes):

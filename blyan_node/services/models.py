@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import trio
 
-from blyan_node.moe.config import ModelConfig, parse_config
+from blyan_node.moe.config import ModelConfig
+from blyan_node.moe.families import parse_config
 from blyan_node.moe.text import stop_ids
 from blyan_node.services.supply import Progress, Supply, silent
 from protocols.errors import ErrorCode, Refused

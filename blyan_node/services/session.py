@@ -76,26 +76,27 @@ class Session:
 
     async def _pass(self, ids: Sequence[int], rows: slice | None) -> Rows | None:
         """One piece through every layer; the logits of `rows` of it."""
-        last = max(self._blocks)
-        met = await self._compute(partial(self._enter, ids))
-        for layer in range(last):
-            outputs = await self._experts(layer, met)
-            met = await self._compute(partial(self._next, layer, met, outputs))
-        outputs = await self._experts(last, met)
-        return None if rows is None else await self._compute(partial(self._end, met, outputs, rows))
+        met = await self._compute(partial(self._enter, ids, rows))
+        while isinstance(met, _Met):
+            outputs = await self._experts(met)
+            met = await self._compute(partial(self._leave, met, outputs, rows))
+        return met
 
-    def _enter(self, ids: Sequence[int]) -> _Met:
-        return _met(self.trunk.attend(0, self.trunk.embed(ids), self._cache))
+    def _enter(self, ids: Sequence[int], rows: slice | None) -> _Met | Rows | None:
+        return self._met(self.trunk.walk(0, self.trunk.embed(ids), self._cache), rows)
 
-    def _next(self, layer: int, met: _Met, outputs: Rows) -> _Met:
+    def _leave(self, met: _Met, outputs: Rows, rows: slice | None) -> _Met | Rows | None:
         x = self.trunk.combine(met.attended, tensor_of(outputs))
-        return _met(self.trunk.attend(layer + 1, x, self._cache))
+        return self._met(self.trunk.walk(met.attended.layer + 1, x, self._cache), rows)
 
-    def _end(self, met: _Met, outputs: Rows, rows: slice) -> Rows:
-        x = self.trunk.combine(met.attended, tensor_of(outputs))
-        return array_of(self.trunk.logits(x[rows]))
+    def _met(self, attended: Attended, rows: slice | None) -> _Met | Rows | None:
+        routed = attended.routed
+        if routed is not None:
+            return _Met(attended, array_of(routed.normed), array_of(routed.experts))
+        return None if rows is None else array_of(self.trunk.logits(attended.residual[rows]))
 
-    async def _experts(self, layer: int, met: _Met) -> Rows:
+    async def _experts(self, met: _Met) -> Rows:
+        layer = met.attended.layer
         if self.watch is not None:
             self.watch(layer, met.experts)
         batch = LayerRows(self.model, layer, met.rows, met.experts.tolist(), self._blocks[layer])
@@ -103,7 +104,3 @@ class Session:
 
     async def _compute(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
-
-
-def _met(attended: Attended) -> _Met:
-    return _Met(attended, array_of(attended.normed), array_of(attended.experts))

@@ -9,8 +9,8 @@ from torch import Tensor
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.experts import Expert
-from blyan_node.moe.layout import layout
-from blyan_node.moe.trunk import Attended, Trunk
+from blyan_node.moe.families import layout
+from blyan_node.moe.trunk import Routed, Trunk
 from blyan_node.moe.weights import ReadWeights
 from protocols.dag.header import Kind
 from protocols.ids import expert_subject
@@ -23,7 +23,7 @@ class Engine:
         self.config = config
         self.trunk = Trunk(config, tensors)
         self.experts = {
-            part.subject: Expert(config, tensors(part.subject))
+            part.subject: Expert(config, part.subject, tensors(part.subject))
             for part in layout(config)
             if part.kind is Kind.EXPERT
         }
@@ -33,22 +33,27 @@ class Engine:
     ) -> list[Tensor]:
         """Logits of the next tokens of several requests, whose rows meet at the experts."""
         states = [self.trunk.embed(ids) for _, ids in requests]
-        for layer in range(self.config.layers):
+        for layer in range(len(self.config.layers)):
             attended = [
                 self.trunk.attend(layer, x, cache)
                 for x, (cache, _) in zip(states, requests, strict=True)
             ]
-            states = self._experts(layer, attended, composed)
+            routed = [one.routed for one in attended if one.routed is not None]
+            if not routed:
+                states = [one.residual for one in attended]
+                continue
+            rows = self._experts(layer, routed, composed)
+            states = [self.trunk.combine(one, out) for one, out in zip(attended, rows, strict=True)]
         return [self.trunk.logits(x) for x in states]
 
     def _experts(
-        self, layer: int, attended: Sequence[Attended], composed: random.Random
+        self, layer: int, routed: Sequence[Routed], composed: random.Random
     ) -> list[Tensor]:
-        results = [torch.empty(*one.experts.shape, self.config.hidden) for one in attended]
-        for number in range(self.config.experts):
+        results = [torch.empty(*one.experts.shape, self.config.hidden) for one in routed]
+        for number in range(self.config.experts_of(layer)):
             places = [
                 (request, int(row), int(rank))
-                for request, one in enumerate(attended)
+                for request, one in enumerate(routed)
                 for row, rank in (one.experts == number).nonzero()
             ]
             composed.shuffle(places)
@@ -56,8 +61,8 @@ class Engine:
             while places:
                 count = composed.randint(1, len(places))
                 batch, places = places[:count], places[count:]
-                rows = torch.stack([attended[request].normed[row] for request, row, _ in batch])
+                rows = torch.stack([routed[request].normed[row] for request, row, _ in batch])
                 for place, result in zip(batch, expert.apply(rows), strict=True):
                     request, row, rank = place
                     results[request][row, rank] = result
-        return [self.trunk.combine(one, rows) for one, rows in zip(attended, results, strict=True)]
+        return results

@@ -2,11 +2,22 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.reference import Reference
+from blyan_node.moe.weights import load_part
+from protocols.ids import Subject
 
 
 def open_reference(path: Path) -> Reference:
     """The plain model that reads its weights from `path`."""
     checkpoint = Checkpoint.open(path)
     return Reference(checkpoint.config, checkpoint.load)
+
+
+def local_tensors(path: Path, subject: Subject) -> dict[str, Tensor]:
+    """The tensors of one subject of `path` by local name, as an update of it names them."""
+    checkpoint = Checkpoint.open(path)
+    part = next(part for part in checkpoint.subjects if part.subject == subject)
+    return load_part(part, checkpoint.load(subject))

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from blyan_node.moe.config import ModelConfig, Rope, parse_config
+from blyan_node.moe.config import (
+    ClampedGate,
+    GroupedAttention,
+    ModelConfig,
+    MoeFeed,
+    Rope,
+)
+from blyan_node.moe.families import parse_config
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
 
@@ -46,17 +53,18 @@ def _parse(fields: dict[str, Any]) -> ModelConfig:
 
 def test_the_older_form_of_mixtral() -> None:
     config = _parse(MIXTRAL)
-    assert (config.head_dim, config.kv_heads, config.windows) == (128, 8, (None, None))
+    assert [layer.attention for layer in config.layers] == [GroupedAttention(32, 8, 128)] * 2
     assert config.rope == Rope(1e6)
     assert config.eos == (2,)
 
 
 def test_gpt_oss_as_released() -> None:
     config = _parse(GPT_OSS)
-    assert config.windows == (128, None)
+    assert [layer.attention.window for layer in config.layers] == [128, None]
     assert config.rope.theta == 150_000 and not config.rope.truncate
     assert math.isclose(config.rope.attention_factor, 1.3465735902799727)
-    assert (config.swiglu_alpha, config.swiglu_limit) == (1.702, 7.0)
+    feed = config.layers[0].feed
+    assert isinstance(feed, MoeFeed) and feed.activation == ClampedGate(1.702, 7.0)
 
 
 def test_both_forms_of_rope_say_the_same() -> None:
@@ -68,7 +76,7 @@ def test_both_forms_of_rope_say_the_same() -> None:
 def test_what_transformers_writes_is_read(directories: dict[str, Path]) -> None:
     for directory in directories.values():
         config = parse_config((directory / "config.json").read_bytes())
-        assert config.vocab == 97 and config.layers == 3 and config.eos == (1,)
+        assert config.vocab == 97 and len(config.layers) == 3 and config.eos == (1,)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +182,8 @@ def test_ten_thousand_broken_configurations() -> None:
             str(refusal).encode()
         else:
             read += 1
-            assert config.heads % config.kv_heads == 0 and len(config.windows) == config.layers
-            assert config.top_k <= config.experts and math.isfinite(config.rope.theta)
+            assert math.isfinite(config.rope.theta)
+            for layer in config.layers:
+                assert layer.attention.heads % layer.attention.kv_heads == 0
+                assert not isinstance(layer.feed, MoeFeed) or layer.feed.top_k <= layer.feed.experts
     assert 200 < read < 9_000

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blyan_node.moe import reference as plain
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.moe.config import ModelConfig
+from blyan_node.moe.config import LayerConfig, ModelConfig
 from blyan_node.moe.numerics import attention_row
 from blyan_node.moe.reference import Reference
 from blyan_node.testing.truth import greedy, logits_of
@@ -34,7 +34,8 @@ def truths(directories: dict[str, Path]) -> dict[Path, Tensor]:
 def test_logits_at_every_position(directory: Path, truths: dict[Path, Tensor]) -> None:
     checkpoint = Checkpoint.open(directory)
     model = Reference(checkpoint.config, checkpoint.load)
-    assert len(PROMPT) > 3 * max((w for w in checkpoint.config.windows if w), default=0)
+    windows = [layer.attention.window or 0 for layer in checkpoint.config.layers]
+    assert len(PROMPT) > 3 * max(windows)
     assert _error(model, truths[directory]) < TOLERANCE / 10
 
 
@@ -45,14 +46,46 @@ def test_greedy_tokens(directory: Path) -> None:
     assert len(set(tokens)) > 4
 
 
-def _changed(**changes: object) -> Config:
-    return lambda config: dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+def _layers(change: Callable[[LayerConfig], LayerConfig]) -> Config:
+    return lambda config: dataclasses.replace(config, layers=tuple(map(change, config.layers)))
+
+
+def _attention(**changes: object) -> Config:
+    return _layers(
+        lambda layer: dataclasses.replace(
+            layer, attention=dataclasses.replace(layer.attention, **changes)
+        )
+    )
+
+
+def _feed(**changes: object) -> Config:
+    return _layers(
+        lambda layer: dataclasses.replace(layer, feed=dataclasses.replace(layer.feed, **changes))
+    )
+
+
+def _activation(**changes: object) -> Config:
+    def change(layer: LayerConfig) -> LayerConfig:
+        activation = dataclasses.replace(layer.feed.activation, **changes)
+        return dataclasses.replace(
+            layer, feed=dataclasses.replace(layer.feed, activation=activation)
+        )
+
+    return _layers(change)
+
+
+def _windows(change: Callable[[int | None], int | None]) -> Config:
+    def changed(layer: LayerConfig) -> LayerConfig:
+        window = change(layer.attention.window)
+        return dataclasses.replace(
+            layer, attention=dataclasses.replace(layer.attention, window=window)
+        )
+
+    return _layers(changed)
 
 
 def _window(by: int) -> Config:
-    return lambda config: dataclasses.replace(
-        config, windows=tuple(w if w is None else w + by for w in config.windows)
-    )
+    return _windows(lambda window: None if window is None else window + by)
 
 
 def _rope(**changes: object) -> Config:
@@ -67,17 +100,17 @@ def _rope(**changes: object) -> Config:
     [
         ("mixtral", _window(+1)),
         ("mixtral", _window(-1)),
-        ("mixtral", _changed(windows=(None,) * 3)),
-        ("mixtral", _changed(top_k=1)),
+        ("mixtral", _attention(window=None)),
+        ("mixtral", _feed(top_k=1)),
         ("mixtral", _rope(theta=10_000.0)),
         ("gpt_oss", _window(+1)),
         ("gpt_oss", _window(-1)),
-        ("gpt_oss", _changed(windows=(None, 12, None))),
+        ("gpt_oss", _windows(lambda window: None if window else 12)),
         ("gpt_oss", _rope(attention_factor=1.0)),
         ("gpt_oss", _rope(truncate=True)),
         ("gpt_oss", _rope(factor=None)),
-        ("gpt_oss", _changed(swiglu_alpha=1.0)),
-        ("gpt_oss", _changed(swiglu_limit=1e6)),
+        ("gpt_oss", _activation(alpha=1.0)),
+        ("gpt_oss", _activation(limit=1e6)),
     ],
 )
 def test_a_wrong_configuration_shows(
@@ -90,7 +123,7 @@ def test_a_wrong_configuration_shows(
     assert _error(wrong, truths[directories[variant]]) > 5 * TOLERANCE
 
 
-def _no_renormalising(logits: Tensor, top_k: int, *, over_chosen: bool) -> tuple[Tensor, Tensor]:
+def _no_renormalising(logits: Tensor, top_k: int, **_: bool) -> tuple[Tensor, Tensor]:
     weights, experts = torch.softmax(logits, dim=-1).topk(top_k)
     return experts, weights
 
@@ -138,10 +171,10 @@ def test_gate_and_up_swapped_shows(
     checkpoint = Checkpoint.open(directories[variant])
     model = Reference(checkpoint.config, checkpoint.load)
     for name, part in model.parts.items():
-        if "expert" in name and variant == "mixtral":
-            part["w1.weight"], part["w3.weight"] = part["w3.weight"], part["w1.weight"]
+        if "expert" in name and "gate" in part:
+            part["gate"], part["up"] = part["up"], part["gate"]
         elif "expert" in name:
-            for fused in ("gate_up_proj", "gate_up_proj_bias"):
-                pairs = part[fused].unflatten(-1, (-1, 2))
-                part[fused] = pairs.flip(-1).flatten(-2).contiguous()
+            both, bias = part["gate_up_interleaved"], part["gate_up_bias"]
+            part["gate_up_interleaved"] = both.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            part["gate_up_bias"] = bias.unflatten(0, (-1, 2)).flip(1).flatten()
     assert _error(model, truths[directories[variant]]) > 5 * TOLERANCE

@@ -63,6 +63,7 @@ def test_functions_of_rows(width: int, threads: int) -> None:
             numerics.sigmoid(rows),
             *numerics.route(rows, min(4, width), over_chosen=True),
             *numerics.route(rows, min(4, width), over_chosen=False),
+            *numerics.route(rows, min(4, width), over_chosen=False, renormalise=False),
         ]
 
     alone = [

@@ -8,7 +8,7 @@ import torch
 
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.experts import Expert
-from blyan_node.moe.layout import expert_layout
+from blyan_node.moe.families import expert_layout
 from blyan_node.moe.trunk import Trunk
 from blyan_node.moe.weights import Weights, load_part
 from protocols.errors import ErrorCode, Refused
@@ -29,24 +29,26 @@ def test_float32_is_used_in_place(directories: dict[str, Path], variant: str) ->
         name: (dtype, shape, view.toreadonly())
         for name, (dtype, shape, view) in checkpoint.load(EXPERT).items()
     }
-    loaded = load_part(expert_layout(checkpoint.config), given)
+    loaded = load_part(expert_layout(checkpoint.config, EXPERT, given), given)
     assert {n: t.data_ptr() for n, t in loaded.items()} == {
         n: _address(view) for n, (_, _, view) in given.items()
     }
     size = sum(len(view) for _, _, view in given.values())
-    assert Expert(checkpoint.config, given).bytes == size
+    assert Expert(checkpoint.config, EXPERT, given).bytes == size
 
 
 @pytest.mark.parametrize("variant", ["mixtral-odd", "gpt_oss-odd"])
 def test_bfloat16_is_widened_and_counted(directories: dict[str, Path], variant: str) -> None:
     checkpoint = Checkpoint.open(directories[variant])
     given = checkpoint.load(EXPERT)
-    loaded = load_part(expert_layout(checkpoint.config), given)
+    loaded = load_part(expert_layout(checkpoint.config, EXPERT, given), given)
     for name, (dtype, _, view) in given.items():
         assert dtype is Dtype.BF16 and loaded[name].dtype == torch.float32
         narrowed = loaded[name].bfloat16().view(torch.uint8).numpy().tobytes()
         assert narrowed == bytes(view)
-    assert Expert(checkpoint.config, given).bytes == 2 * sum(len(v) for _, _, v in given.values())
+    assert Expert(checkpoint.config, EXPERT, given).bytes == 2 * sum(
+        len(v) for _, _, v in given.values()
+    )
 
 
 def test_a_buffer_at_an_odd_address_gives_the_same_bits(directories: dict[str, Path]) -> None:
@@ -54,8 +56,8 @@ def test_a_buffer_at_an_odd_address_gives_the_same_bits(directories: dict[str, P
     given = checkpoint.load(EXPERT)
     moved: Weights = {n: (d, s, _moved(view)) for n, (d, s, view) in given.items()}
     rows = torch.randn(5, checkpoint.config.hidden)
-    expected = Expert(checkpoint.config, given).apply(rows)
-    assert torch.equal(Expert(checkpoint.config, moved).apply(rows), expected)
+    expected = Expert(checkpoint.config, EXPERT, given).apply(rows)
+    assert torch.equal(Expert(checkpoint.config, EXPERT, moved).apply(rows), expected)
 
 
 def _moved(view: memoryview) -> memoryview:
@@ -76,11 +78,11 @@ def test_what_does_not_fit_is_named(directories: dict[str, Path]) -> None:
         ({"w9.weight": (dtype, shape, view)}, "'w9.weight' is none"),
     ):
         with pytest.raises(Refused, match=named) as refusal:
-            Expert(checkpoint.config, {**given, **change})
+            Expert(checkpoint.config, EXPERT, {**given, **change})
         assert refusal.value.code is ErrorCode.BAD_MODEL
     given.pop("w1.weight")
     with pytest.raises(Refused, match=r"no tensor w1\.weight"):
-        Expert(checkpoint.config, given)
+        Expert(checkpoint.config, EXPERT, given)
 
 
 def test_a_trunk_reads_everything_but_experts(directory: Path) -> None:

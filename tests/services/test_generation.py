@@ -15,7 +15,7 @@ from blyan_node.moe.sampling import Sampler
 from blyan_node.network.interface import Handler
 from blyan_node.services.changes import Changes
 from blyan_node.testing.checkpoints import make_checkpoint
-from blyan_node.testing.reference import open_reference
+from blyan_node.testing.reference import local_tensors, open_reference
 from blyan_node.testing.swarm import Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
 from protocols import limits
@@ -548,7 +548,8 @@ async def test_an_update_is_for_new_sessions_and_the_old_root_still_answers(
         other = open_reference(mixtral)
         weights = {name: tensor * 1.5 for name, tensor in other.parts[subject].items()}
         other.parts[subject] = weights
-        save_file(weights, tmp_path / "new.safetensors")
+        named = local_tensors(mixtral, subject)
+        save_file({name: t * 1.5 for name, t in named.items()}, tmp_path / "new.safetensors")
         came = 0
 
         async with trio.open_nursery() as nursery:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from blyan_node.services.holding import Reason
 from blyan_node.services.placement import Placement, PlacementConfig
 from blyan_node.testing.checkpoints import make_checkpoint
-from blyan_node.testing.reference import open_reference
+from blyan_node.testing.reference import local_tensors
 from blyan_node.testing.swarm import Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import ErrorCode, Refused
@@ -219,7 +219,7 @@ async def test_what_is_held_follows_its_subject_to_a_new_head(
         old = alice.store.heads(story.model)[subject]
         await story.plans["bob"].hold([old])
         await carol.holding.keep(old, Reason.PLACEMENT)
-        parts = open_reference(tiny).parts[subject]
+        parts = local_tensors(tiny, subject)
         save_file({name: -tensor for name, tensor in parts.items()}, tmp_path / "new.safetensors")
         new = (await alice.update(story.model, subject, tmp_path / "new.safetensors")).block
         lists = [placement(node, PlacementConfig("none", 2)) for node in (bob, carol)]

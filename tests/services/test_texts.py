@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.moe.config import parse_config
+from blyan_node.moe.families import parse_config
 from blyan_node.moe.text import Text
 from blyan_node.services import texts
 from blyan_node.services.models import Description

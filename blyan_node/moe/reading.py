@@ -1,0 +1,126 @@
+"""What the `config.json` of every family has in common, read strictly.
+
+Every field of a configuration is one of four things: understood and used, known to change nothing
+at inference (`strict_json.INERT`), required to have the one value that this code computes, or
+refused by name. A field that nobody here has heard of is refused: it may change the mathematics.
+"""
+
+import math
+from collections.abc import Sequence
+
+from blyan_node.moe.config import GroupedAttention, LayerConfig, ModelConfig, Rope
+from blyan_node.moe.strict_json import Fields, show, token_ids
+from protocols import limits
+
+
+def read_model(
+    fields: Fields,
+    family: str,
+    hidden: int,
+    layers: Sequence[LayerConfig],
+    *,
+    theta: float,
+    norm_eps: float,
+) -> ModelConfig:
+    """The fields around the layers. `theta` and `norm_eps` are the family's defaults."""
+    positions = fields.integer("max_position_embeddings", 1, 1 << 30)
+    return ModelConfig(
+        family=family,
+        vocab=fields.integer("vocab_size", 1, limits.vocab_max),
+        hidden=hidden,
+        layers=tuple(layers),
+        norm_eps=fields.number("rms_norm_eps", 1e-12, 1.0, norm_eps),
+        positions_max=positions,
+        rope=_rope(fields, theta, positions),
+        tied=fields.flag("tie_word_embeddings", False),
+        eos=token_ids(fields.take("eos_token_id", None), "config.json: eos_token_id"),
+    )
+
+
+def read_layers(fields: Fields) -> int:
+    """The number of layers."""
+    return fields.integer("num_hidden_layers", 1, limits.layers_max)
+
+
+def read_hidden(fields: Fields) -> int:
+    """The width of the rows between the layers."""
+    return fields.integer("hidden_size", 1, limits.hidden_max)
+
+
+def read_intermediate(fields: Fields, name: str = "intermediate_size") -> int:
+    """The inner width of a feed-forward network."""
+    return fields.integer(name, 1, limits.hidden_max * 8)
+
+
+def read_experts(fields: Fields, *names: str) -> tuple[int, int]:
+    """Experts of a layer, under any of `names` that are there, and how many a token passes."""
+    present = [name for name in names if fields.has(name)] or [names[0]]
+    counts = [fields.integer(name, 1, limits.experts_per_layer_max) for name in present]
+    if len(set(counts)) > 1:
+        fields.refuse(present[1], f"differs from {present[0]}")
+    top_k = fields.integer("num_experts_per_tok", 1, min(counts[0], limits.top_k_max))
+    return counts[0], top_k
+
+
+def read_attention(fields: Fields, hidden: int) -> GroupedAttention:
+    """Heads and their width; the family adds what else its attention does."""
+    heads = fields.integer("num_attention_heads", 1, 4096)
+    kv_heads = fields.integer("num_key_value_heads", 1, 4096, default=heads)
+    if heads % kv_heads:
+        fields.refuse("num_key_value_heads", f"is {kv_heads}, which does not divide {heads} heads")
+    head_dim = fields.take("head_dim", None)
+    if head_dim is None and hidden % heads:
+        fields.refuse("head_dim", f"is missing and {heads} heads do not divide {hidden}")
+    head_dim = hidden // heads if head_dim is None else head_dim
+    if type(head_dim) is not int or not 2 <= head_dim <= 4096 or head_dim % 2:
+        fields.refuse("head_dim", f"is {show(head_dim)}, expected an even number from 2 to 4096")
+    return GroupedAttention(heads, kv_heads, head_dim)
+
+
+def read_window(fields: Fields, default: int | None) -> int | None:
+    """`sliding_window`, None if there is none."""
+    value = fields.take("sliding_window", default)
+    if value is not None and (type(value) is not int or not 1 <= value <= 1 << 30):
+        fields.refuse("sliding_window", f"is {show(value)}, expected a positive whole number")
+    return value
+
+
+def _rope(fields: Fields, theta: float, positions: int) -> Rope:
+    """Reads `rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
+    outer = fields.number("rope_theta", 2.0, 1e12, theta)
+    named, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
+    if named is not None and scaling is not None:
+        fields.refuse("rope_scaling", "is there beside rope_parameters")
+    rope = named or scaling
+    if rope is None:
+        return Rope(outer)
+    kind = rope.take("rope_type", rope.take("type", "default"))
+    rope.take("type", None)
+    theta = rope.number("rope_theta", 2.0, 1e12, outer)
+    rope.only("partial_rotary_factor", 1.0, 1.0)
+    if kind == "default":
+        rope.check_rest()
+        return Rope(theta)
+    if kind != "yarn":
+        rope.refuse("rope_type", f"is {show(kind)}, this version computes 'default' and 'yarn'")
+    read = _yarn(rope, theta, positions)
+    rope.check_rest()
+    return read
+
+
+def _yarn(rope: Fields, theta: float, positions: int) -> Rope:
+    factor = rope.number("factor", 1.0, 1e6)
+    attention = rope.take("attention_factor", None)
+    if attention is not None and (type(attention) not in (int, float) or not 0 < attention < 1e3):
+        rope.refuse("attention_factor", f"is {show(attention)}")
+    return Rope(
+        theta=theta,
+        factor=factor,
+        beta_fast=rope.number("beta_fast", 1e-3, 1e6, 32.0),
+        beta_slow=rope.number("beta_slow", 1e-3, 1e6, 1.0),
+        original_positions=rope.integer(
+            "original_max_position_embeddings", 1, 1 << 30, default=positions
+        ),
+        truncate=rope.flag("truncate", True),
+        attention_factor=0.1 * math.log(factor) + 1.0 if attention is None else float(attention),
+    )
