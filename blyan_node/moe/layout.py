@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blyan_node.moe.config import GroupedAttention, ModelConfig, MoeFeed
+from blyan_node.moe.config import DenseFeed, GroupedAttention, ModelConfig, MoeFeed
 from protocols.dag.header import Kind
 from protocols.ids import Subject, expert_subject
 
@@ -130,6 +130,8 @@ def router_part(config: ModelConfig, layer: int, prefix: str, name: str = "gate"
     tensors = [Local("weight", f"{name}.weight", (feed.experts, config.hidden))]
     if feed.routing.bias:
         tensors.append(Local("bias", f"{name}.bias", (feed.experts,)))
+    if feed.routing.correction:
+        tensors.append(Local("correction", f"{name}.e_score_correction_bias", (feed.experts,)))
     return part(f"layer{layer}.router", Kind.ROUTER, layer_prefix(layer) + prefix, tensors)
 
 
@@ -171,3 +173,25 @@ def gated_fused(hidden: int, inner: int) -> list[Local]:
         Local("gate_up", "gate_up_proj", (2 * inner, hidden)),
         Local("down", "down_proj", (hidden, inner)),
     ]
+
+
+def mlp_parts(config: ModelConfig, layer: int, form: Form) -> list[SubjectLayout]:
+    """A layer's router with shared experts, or its dense network, under the names most use."""
+    feed, here = config.layers[layer].feed, layer_prefix(layer) + "mlp."
+    if isinstance(feed, DenseFeed):
+        dense = gated(config.hidden, feed.intermediate)
+        return [part(f"layer{layer}.mlp", Kind.TRUNK, here, dense)]
+    parts = [router_part(config, layer, "mlp.")]
+    if feed.shared_intermediate:
+        shared = gated(config.hidden, feed.shared_intermediate)
+        parts.append(part(f"layer{layer}.shared", Kind.TRUNK, here + "shared_experts.", shared))
+    return parts
+
+
+def mlp_expert(config: ModelConfig, layer: int, expert: int, form: Form) -> SubjectLayout:
+    """An expert under the names most use."""
+    if form == "separate":
+        return separate_expert(config, layer, expert, "mlp.", GATED)
+    feed = config.layers[layer].feed
+    assert isinstance(feed, MoeFeed)
+    return fused_expert(layer, expert, "mlp.", gated_fused(config.hidden, feed.intermediate))

@@ -27,6 +27,10 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+FAMILY_SIZES: dict[str, dict[str, Any]] = {  # `...`: the family has no such field
+    "olmoe": {"hidden_size": 96, "sliding_window": ...},
+    "qwen3_moe": {"moe_intermediate_size": 44},
+}
 SHARD_BYTES = 40_000
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}"
@@ -41,23 +45,28 @@ def make_checkpoint(
     seed: int = 0,
     dtype: str = "float32",
     sharded: bool = False,
+    fused: bool = False,
     tokenizer: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Writes a Hugging Face directory of `family` (mixtral, gpt_oss) to `path` and returns it.
+    """Writes a Hugging Face directory of `family`, a `model_type`, to `path` and returns it.
 
-    `dtype` is float32 or bfloat16; `sharded` cuts it into files of 40 kB; `tokenizer` adds a
-    byte-level tokenizer with a chat template (and a vocabulary of 300, if none is given).
-    `overrides` are fields of the configuration.
+    `dtype` is float32 or bfloat16; `sharded` cuts it into files of 40 kB; `fused` keeps the experts
+    of a layer in one tensor where `transformers` can; `tokenizer` adds a byte-level tokenizer with
+    a chat template (and a vocabulary of 300, if none is given). `overrides` are fields of the
+    configuration.
     """
     transformers: Any = importlib.import_module("transformers")  # untyped, and for tests alone
     transformers.utils.logging.disable_progress_bar()
-    sizes = SIZES | ({"vocab_size": 300} if tokenizer else {}) | overrides
+    sizes = SIZES | FAMILY_SIZES.get(family, {}) | ({"vocab_size": 300} if tokenizer else {})
+    sizes = {name: value for name, value in (sizes | overrides).items() if value is not ...}
     config = transformers.AutoConfig.for_model(family, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     _heat(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(
-        path, max_shard_size=SHARD_BYTES if sharded else "5GB"
+        path,
+        max_shard_size=SHARD_BYTES if sharded else "5GB",
+        save_original_format=not fused,
     )
     if tokenizer:
         _write_tokenizer(path)

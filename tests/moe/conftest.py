@@ -26,6 +26,43 @@ VARIANTS = {
             "num_local_experts": 5, "num_experts_per_tok": 4, "sliding_window": 7,
         },
     ),
+    "mixtral-fused": ("mixtral", {"seed": 7, "fused": True, "head_dim": 14}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "norm_topk_prob": True, "use_sliding_window": True, "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe-odd": (
+        "qwen3_moe",
+        {
+            "seed": 8, "dtype": "bfloat16", "sharded": True, "fused": True, "num_experts": 5,
+            "num_experts_per_tok": 3, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "head_dim": 6, "hidden_size": 37, "intermediate_size": 29, "moe_intermediate_size": 19,
+            "attention_bias": True, "num_hidden_layers": 4, "decoder_sparse_step": 2,
+            "sliding_window": None, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "olmoe": (
+        "olmoe",
+        {
+            "hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 14,
+            "clip_qkv": 2.0,
+        },
+    ),
+    "olmoe-odd": (
+        "olmoe",
+        {
+            "seed": 9, "dtype": "bfloat16", "sharded": True, "fused": True, "num_experts": 7,
+            "num_experts_per_tok": 3, "hidden_size": 54, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "head_dim": 6, "intermediate_size": 31,
+            "norm_topk_prob": True, "attention_bias": True,
+        },
+    ),
 }  # fmt: skip
 
 

@@ -75,8 +75,10 @@ def test_both_forms_of_rope_say_the_same() -> None:
 
 def test_what_transformers_writes_is_read(directories: dict[str, Path]) -> None:
     for directory in directories.values():
-        config = parse_config((directory / "config.json").read_bytes())
-        assert config.vocab == 97 and len(config.layers) == 3 and config.eos == (1,)
+        data = (directory / "config.json").read_bytes()
+        config = parse_config(data)
+        assert len(config.layers) == json.loads(data)["num_hidden_layers"]
+        assert config.vocab == 97 and config.eos == (1,)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ example.
 from collections.abc import Callable, Collection
 
 from blyan_node.moe.config import ModelConfig
-from blyan_node.moe.families import gpt_oss, mixtral
+from blyan_node.moe.families import gpt_oss, mixtral, olmoe, qwen3_moe
 from blyan_node.moe.families.family import Family
 from blyan_node.moe.layout import Form, SubjectLayout, attention_part, first_parts, last_parts
 from blyan_node.moe.strict_json import Fields, parse_json, refuse
@@ -20,6 +20,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         gpt_oss.FAMILY,
         mixtral.FAMILY,
+        olmoe.FAMILY,
+        qwen3_moe.FAMILY,
     )
 }
 
