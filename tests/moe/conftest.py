@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.truth import logits_of
 
 VARIANTS = {
     "mixtral": ("mixtral", {}),
@@ -82,6 +83,18 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: make_checkpoint(family, root / name, **options)
         for name, (family, options) in VARIANTS.items()
     }
+
+
+@pytest.fixture(scope="session")
+def prompt() -> list[int]:
+    """48 tokens: four times the window of most variants."""
+    return [(31 * i * i + 17 * i + 5) % 89 + 2 for i in range(48)]
+
+
+@pytest.fixture(scope="session")
+def truths(directories: dict[str, Path], prompt: list[int]) -> dict[Path, torch.Tensor]:
+    """What `transformers` says of each directory: logits [tokens, vocab] of the prompt."""
+    return {path: logits_of(path, prompt) for path in directories.values()}
 
 
 @pytest.fixture(params=sorted(VARIANTS))

@@ -11,10 +11,14 @@ import pytest
 
 from blyan_node.moe.config import (
     ClampedGate,
+    DenseFeed,
     GroupedAttention,
+    LayerConfig,
     ModelConfig,
     MoeFeed,
     Rope,
+    Routing,
+    SiluGate,
 )
 from blyan_node.moe.families import parse_config
 from protocols import limits
@@ -44,6 +48,31 @@ GPT_OSS: dict[str, Any] = {  # gpt-oss-20b as released, without its quantisation
     "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False,
     "use_cache": True, "vocab_size": 201088,
 }  # fmt: skip
+QWEN3_MOE: dict[str, Any] = {  # Qwen3-30B-A3B as released, with 2 of 48 layers
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "mlp_only_layers": [],
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 2, "num_key_value_heads": 4, "output_router_logits": False,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+OLMOE: dict[str, Any] = {  # OLMoE-1B-7B-0924 as released, with 2 of 16 layers
+    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 1024, "max_position_embeddings": 4096,
+    "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64,
+    "num_experts_per_tok": 8, "num_hidden_layers": 2, "num_key_value_heads": 16,
+    "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.43.0",
+    "use_cache": True, "vocab_size": 50304,
+}  # fmt: skip
+ALL = (MIXTRAL, GPT_OSS, QWEN3_MOE, OLMOE)
 OLD_ROPE = {"rope_theta": None}
 
 
@@ -67,6 +96,51 @@ def test_gpt_oss_as_released() -> None:
     assert isinstance(feed, MoeFeed) and feed.activation == ClampedGate(1.702, 7.0)
 
 
+def test_qwen3_moe_as_released() -> None:
+    config = _parse(QWEN3_MOE)
+    attention = GroupedAttention(32, 4, 128, qk_norm="head")
+    feed = MoeFeed(128, 8, 768, SiluGate(), Routing("softmax", renormalise=True))
+    assert config.layers == (LayerConfig(attention, feed),) * 2
+    assert config.rope == Rope(1e6) and config.norm_eps == 1e-6
+
+
+def test_olmoe_as_released() -> None:
+    config = _parse(OLMOE)
+    attention = GroupedAttention(16, 16, 128, qk_norm="whole")
+    feed = MoeFeed(64, 8, 1024, SiluGate(), Routing("softmax", renormalise=False))
+    assert config.layers == (LayerConfig(attention, feed),) * 2
+    assert config.eos == (50279,)
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({}, []),
+        ({"decoder_sparse_step": 2}, [0, 2, 4]),
+        ({"mlp_only_layers": [0, 3]}, [0, 3]),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 3}, [0, 1, 3, 4]),
+    ],
+)
+def test_dense_layers_of_qwen3_moe(change: dict[str, Any], dense: list[int]) -> None:
+    config = _parse({**QWEN3_MOE, "num_hidden_layers": 6, **change})
+    feeds = [layer.feed for layer in config.layers]
+    assert [n for n, feed in enumerate(feeds) if feed == DenseFeed(6144, SiluGate())] == dense
+    assert [n for n in range(6) if config.experts_of(n) == 0] == dense
+
+
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"sliding_window": 64}, None),
+        ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}, 64),
+        ({"sliding_window": None, "use_sliding_window": True, "max_window_layers": 9}, None),
+    ],
+)
+def test_windows_of_qwen3_moe(change: dict[str, Any], window: int | None) -> None:
+    config = _parse({**QWEN3_MOE, **change})
+    assert [layer.attention.window for layer in config.layers] == [window] * 2
+
+
 def test_both_forms_of_rope_say_the_same() -> None:
     named = {**GPT_OSS, **OLD_ROPE, "rope_scaling": None}
     named["rope_parameters"] = {**GPT_OSS["rope_scaling"], "rope_theta": 150000}
@@ -86,7 +160,7 @@ def test_what_transformers_writes_is_read(directories: dict[str, Path]) -> None:
     [
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"model_type": ["mixtral"]}, "model_type"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale"),
@@ -139,6 +213,31 @@ def test_gpt_oss_refused_by_name(change: dict[str, Any], named: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "change", "named"),
+    [
+        (QWEN3_MOE, {"use_sliding_window": True, "sliding_window": 8}, "max_window_layers is not"),
+        (QWEN3_MOE, {"mlp_only_layers": [2]}, "mlp_only_layers"),
+        (QWEN3_MOE, {"mlp_only_layers": 1}, "mlp_only_layers"),
+        (QWEN3_MOE, {"mlp_only_layers": [0, 1]}, "no layer has experts"),
+        (QWEN3_MOE, {"decoder_sparse_step": 3}, "no layer has experts"),
+        (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        (QWEN3_MOE, {"num_local_experts": 64}, "num_local_experts differs"),
+        (QWEN3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        (QWEN3_MOE, {"norm_topk_prob": "yes"}, "norm_topk_prob"),
+        (QWEN3_MOE, {"clip_qkv": 8.0}, "clip_qkv"),
+        (QWEN3_MOE, {"shared_expert_intermediate_size": 512}, "shared_expert"),
+        (OLMOE, {"clip_qkv": -1.0}, "clip_qkv"),
+        (OLMOE, {"head_dim": 64}, "head_dim times 16 heads is not 2048"),
+        (OLMOE, {"sliding_window": 128}, "sliding_window"),
+        (OLMOE, {"num_experts": None}, "num_experts is missing"),
+    ],
+)
+def test_others_refused_by_name(fields: dict[str, Any], change: dict[str, Any], named: str) -> None:
+    with pytest.raises(Refused, match=named):
+        _parse({**fields, **change})
+
+
+@pytest.mark.parametrize(
     "data",
     [
         b"", b"[]", b"null", b"{", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"\xff\xfe", b"[" * 100_000,
@@ -178,7 +277,7 @@ def test_ten_thousand_broken_configurations() -> None:
     rng, read = random.Random(12), 0
     for number in range(10_000):
         try:
-            config = parse_config(_break(rng, (MIXTRAL, GPT_OSS)[number % 2]))
+            config = parse_config(_break(rng, ALL[number % len(ALL)]))
         except Refused as refusal:
             assert refusal.code is ErrorCode.BAD_MODEL
             str(refusal).encode()

@@ -1,0 +1,242 @@
+"""Each known mistake of an engine, made on purpose: the comparison with `transformers` sees it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blyan_node.moe import reference as plain
+from blyan_node.moe.config import LayerConfig, ModelConfig, MoeFeed
+from blyan_node.moe.numerics import attention_row
+from blyan_node.moe.reference import Reference
+from blyan_node.testing.reference import open_reference
+
+SHOWS = 5e-3  # five times what is promised at most
+Config = Callable[[ModelConfig], ModelConfig]
+Told = Callable[[Reference, str], float]
+
+
+@pytest.fixture
+def error(directories: dict[str, Path], truths: dict[Path, Tensor], prompt: list[int]) -> Told:
+    """The largest difference of a model's logits from a variant's truth, as part of the largest."""
+
+    def told(model: Reference, variant: str) -> float:
+        truth = truths[directories[variant]]
+        return float((model.forward(prompt)[0] - truth).abs().max() / truth.abs().max())
+
+    return told
+
+
+def _layers(change: Callable[[LayerConfig], LayerConfig]) -> Config:
+    return lambda config: dataclasses.replace(config, layers=tuple(map(change, config.layers)))
+
+
+def _attentions(change: Callable[[Any], Any]) -> Config:
+    return _layers(lambda layer: dataclasses.replace(layer, attention=change(layer.attention)))
+
+
+def _attention(**changes: Any) -> Config:
+    return _attentions(lambda attention: dataclasses.replace(attention, **changes))
+
+
+def _window(change: Callable[[int | None], int | None]) -> Config:
+    return _attentions(lambda a: dataclasses.replace(a, window=change(a.window)))
+
+
+def _by(count: int) -> Config:
+    return _window(lambda window: None if window is None else window + count)
+
+
+def _feed(change: Callable[[MoeFeed], MoeFeed]) -> Config:
+    return _layers(
+        lambda layer: (
+            dataclasses.replace(layer, feed=change(layer.feed))
+            if isinstance(layer.feed, MoeFeed)
+            else layer
+        )
+    )
+
+
+def _routing(**changes: Any) -> Config:
+    return _feed(
+        lambda feed: dataclasses.replace(feed, routing=dataclasses.replace(feed.routing, **changes))
+    )
+
+
+def _activation(**changes: Any) -> Config:
+    return _feed(
+        lambda feed: dataclasses.replace(
+            feed, activation=dataclasses.replace(feed.activation, **changes)
+        )
+    )
+
+
+def _rope(**changes: Any) -> Config:
+    return lambda config: dataclasses.replace(
+        config, rope=dataclasses.replace(config.rope, **changes)
+    )
+
+
+CONFIGURED: dict[str, dict[str, Config]] = {
+    "mixtral": {
+        "no renormalising": _routing(renormalise=False),
+        "window one longer": _by(+1),
+        "window one shorter": _by(-1),
+        "no window": _attention(window=None),
+        "one expert too few": _feed(lambda feed: dataclasses.replace(feed, top_k=1)),
+        "another theta": _rope(theta=10_000.0),
+    },
+    "gpt_oss": {
+        "no renormalising": _routing(score="softmax", renormalise=False),
+        "window one longer": _by(+1),
+        "window one shorter": _by(-1),
+        "windows in the other layers": _window(lambda window: None if window else 12),
+        "YaRN's attention factor left out": _rope(attention_factor=1.0),
+        "YaRN truncated": _rope(truncate=True),
+        "YaRN's factor left out": _rope(factor=None),
+        "alpha of silu": _activation(alpha=1.0),
+        "no clamp": _activation(limit=1e6),
+    },
+    "qwen3_moe": {
+        "no renormalising": _routing(renormalise=False),
+        "window one longer": _by(+1),
+        "window one shorter": _by(-1),
+        "no q/k norm": _attention(qk_norm=None),
+        "another theta": _rope(theta=1e6),
+    },
+    "qwen3_moe-odd": {
+        "renormalising": _routing(renormalise=True),
+        "YaRN's attention factor left out": _rope(attention_factor=1.0),
+        "YaRN's factor left out": _rope(factor=None),
+        "no q/k norm": _attention(qk_norm=None),
+    },
+    "olmoe": {
+        "renormalising": _routing(renormalise=True),
+        "no clip": _attention(clip=None),
+        "no q/k norm": _attention(qk_norm=None),
+    },
+    "olmoe-odd": {
+        "no renormalising": _routing(renormalise=False),
+        "no q/k norm": _attention(qk_norm=None),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "mistake"),
+    [(variant, name) for variant, mistakes in CONFIGURED.items() for name in mistakes],
+)
+def test_a_wrong_configuration_shows(
+    directories: dict[str, Path], error: Told, variant: str, mistake: str
+) -> None:
+    model = open_reference(directories[variant])
+    right, model.config = model.config, CONFIGURED[variant][mistake](model.config)
+    assert model.config != right
+    assert error(model, variant) > SHOWS
+
+
+def _drop_sinks(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, sinks: Tensor | None
+) -> Tensor:
+    return attention_row(query, keys, values, scale, None)
+
+
+def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[:, ::2], x[:, 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(1)
+
+
+def _unscaled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "mistake"),
+    [
+        ("mixtral", "rotate", _interleaved),
+        ("mixtral", "rotate", lambda x, cos, sin: x),
+        ("mixtral", "rms_norm", _unscaled_norm),
+        ("gpt_oss", "attention_row", _drop_sinks),
+        ("gpt_oss", "rotate", _interleaved),
+        ("qwen3_moe", "rotate", _interleaved),
+        ("olmoe", "rotate", _interleaved),
+    ],
+)
+def test_a_wrong_step_shows(
+    directories: dict[str, Path],
+    error: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    name: str,
+    mistake: Callable[..., object],
+) -> None:
+    model = open_reference(directories[variant])
+    monkeypatch.setattr(plain, name, mistake)
+    assert error(model, variant) > SHOWS
+
+
+@pytest.mark.parametrize(
+    "variant", ["mixtral", "mixtral-fused", "gpt_oss", "qwen3_moe", "qwen3_moe-odd", "olmoe"]
+)
+def test_gate_and_up_swapped_shows(directories: dict[str, Path], error: Told, variant: str) -> None:
+    model = open_reference(directories[variant])
+    for name, part in model.parts.items():
+        if "expert" in name:
+            _swap(part)
+    assert error(model, variant) > SHOWS
+
+
+def _swap(part: dict[str, Tensor]) -> None:
+    if "gate" in part:
+        part["gate"], part["up"] = part["up"], part["gate"]
+    elif "gate_up" in part:
+        part["gate_up"] = torch.cat(part["gate_up"].chunk(2)[::-1])
+    else:
+        both, bias = part["gate_up_interleaved"], part["gate_up_bias"]
+        part["gate_up_interleaved"] = both.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        part["gate_up_bias"] = bias.unflatten(0, (-1, 2)).flip(1).flatten()
+
+
+@pytest.mark.parametrize(
+    ("variant", "left_out"),
+    [
+        ("qwen3_moe-odd", "_bias"),
+        ("gpt_oss", "_bias"),
+        ("gpt_oss", "bias"),
+        ("gpt_oss", "sinks"),
+        ("olmoe-odd", "_bias"),
+    ],
+)
+def test_a_tensor_left_out_shows(
+    directories: dict[str, Path], error: Told, variant: str, left_out: str
+) -> None:
+    model = open_reference(directories[variant])
+    for part in model.parts.values():
+        for role in [role for role in part if role.endswith(left_out)]:
+            if role != "gate_up_bias":
+                del part[role]
+    assert error(model, variant) > SHOWS
+
+
+def test_clipping_before_the_norm_shows(
+    directories: dict[str, Path], error: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OLMoE clips queries and keys after their norm."""
+    model, norm = open_reference(directories["olmoe"]), plain.rms_norm
+    clip = model.config.layers[0].attention.clip
+    norms = {
+        id(tensor)
+        for part in model.parts.values()
+        for role, tensor in part.items()
+        if role in ("q_norm", "k_norm")
+    }
+
+    def clipped_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm(x.clamp(-clip, clip) if id(weight) in norms else x, weight, eps)
+
+    monkeypatch.setattr(plain, "rms_norm", clipped_first)
+    assert error(model, "olmoe") > SHOWS
