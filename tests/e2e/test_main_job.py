@@ -1,6 +1,5 @@
 """The main job on four real daemons: published, spread, answered, exact, exported."""
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.daemons import Node, Testnet, blyan
+from blyan_node.testing.directories import tensor_digests
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.truth import greedy, logits_of
 
@@ -123,8 +123,7 @@ def test_export_is_byte_equal_and_loads(
 ) -> None:
     out = tmp_path / "exported"
     swarm["alice"]("model", "export", published.name, out)
-    source, copy = _tensors(published.path), _tensors(out)
-    assert source == copy
+    assert tensor_digests(out) == tensor_digests(published.path)
     config = json.loads((published.path / "config.json").read_text())
     assert json.loads((out / "config.json").read_text()) == config
     assert torch.equal(logits_of(out, PROMPT), logits_of(published.path, PROMPT))
@@ -153,15 +152,3 @@ def test_an_unknown_model_is_an_error_that_names_it(swarm: Testnet) -> None:
 def test_a_node_that_is_not_there_is_exit_2(tmp_path: Path) -> None:
     document = blyan("--home", tmp_path / "none", "status", code=2)
     assert "no" in document["error"]["message"].lower()
-
-
-def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    return {
-        name: (
-            str(tensor.dtype),
-            tuple(tensor.shape),
-            hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
-        )
-        for file in sorted(path.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
