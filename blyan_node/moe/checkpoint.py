@@ -28,7 +28,6 @@ from protocols import limits
 from protocols.ids import Subject
 from protocols.tensors.manifest import Dtype
 
-WEIGHT_DTYPES = (Dtype.F32, Dtype.BF16)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _TRAVELS = re.compile(
@@ -185,8 +184,11 @@ def _check(
                 f" {list(shape)}",
                 tensor=name,
             )
-        if stored.dtype not in WEIGHT_DTYPES:
-            refuse(f"{path.name}: {name} is {stored.dtype}, this version reads F32 and BF16")
     for name in tensors:
         if name not in wanted:
             refuse(f"the tensor {name[:80]!a} does not belong to this configuration")
+    for tensor in (tensor for part in layout(config, form) for tensor in part.tensors):
+        path, stored = tensors[tensor.source]
+        if stored.dtype not in tensor.dtypes:
+            read = " or ".join(tensor.dtypes)
+            refuse(f"{path.name}: {tensor.source} is {stored.dtype}, this version reads {read}")

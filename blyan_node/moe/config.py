@@ -97,7 +97,7 @@ class MoeFeed:
     """Experts of which a router chooses `top_k` for each token.
 
     `shared_intermediate` > 0: an expert of that size besides, that every token passes; the main
-    node computes it.
+    node computes it. `mxfp4`: the experts' matrices are stored as 4-bit floats.
     """
 
     experts: int
@@ -107,6 +107,7 @@ class MoeFeed:
     routing: Routing
     bias: bool = False  # on the projections of the experts
     shared_intermediate: int = 0
+    mxfp4: bool = False
 
 
 Feed = DenseFeed | MoeFeed

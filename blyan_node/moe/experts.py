@@ -6,12 +6,15 @@ from torch import Tensor
 from blyan_node.moe.config import ModelConfig, MoeFeed
 from blyan_node.moe.families import expert_layout
 from blyan_node.moe.feed import FeedForward
-from blyan_node.moe.weights import Weights, by_role, load_part, resident_bytes
+from blyan_node.moe.weights import Weights, by_role, copied_bytes, load_part, stored_bytes
 from protocols.ids import Subject, parse_subject
 
 
 class Expert:
-    """A loaded expert; a row's result depends on that row alone."""
+    """A loaded expert; a row's result depends on that row alone.
+
+    `bytes` is what it takes in memory, `copied` how much of that was copied to load it.
+    """
 
     def __init__(self, config: ModelConfig, subject: Subject, tensors: Weights) -> None:
         """Loads the tensors by local name; raises `Refused` (BAD_MODEL) for what does not fit."""
@@ -21,7 +24,8 @@ class Expert:
         assert isinstance(feed, MoeFeed)
         part = expert_layout(config, subject, tensors)
         loaded = load_part(part, tensors)
-        self.bytes = resident_bytes(loaded)
+        self.bytes = stored_bytes(loaded)
+        self.copied = copied_bytes(loaded, tensors)
         self._network = FeedForward(feed.activation, by_role(part, loaded))
 
     @torch.inference_mode()

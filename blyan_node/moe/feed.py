@@ -6,6 +6,7 @@ from torch import Tensor
 
 from blyan_node.moe import numerics
 from blyan_node.moe.config import Activation, ClampedGate
+from blyan_node.moe.weights import matrices
 
 
 class FeedForward:
@@ -14,22 +15,23 @@ class FeedForward:
     def __init__(self, activation: Activation, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` by role (`blyan_node.moe.layout`): gate and up by themselves or in one."""
         self._activation = activation
-        self._tensors = tensors
+        self._matrices = matrices(tensors)
+        self._biases = {role: tensors.get(f"{role}_bias") for role in ("gate_up", "down")}
 
     def apply(self, x: Tensor) -> Tensor:
         """x [n, hidden] → [n, hidden]."""
         gate, up = self._gate_and_up(x)
         active = activate(self._activation, gate, up)
-        return numerics.linear(active, self._tensors["down"], self._tensors.get("down_bias"))
+        return numerics.linear(active, self._matrices["down"], self._biases["down"])
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        w = self._tensors
+        w, bias = self._matrices, self._biases["gate_up"]
         if "gate" in w:
             return numerics.linear(x, w["gate"]), numerics.linear(x, w["up"])
         if "gate_up" in w:
-            gate, up = numerics.linear(x, w["gate_up"], w.get("gate_up_bias")).chunk(2, dim=1)
+            gate, up = numerics.linear(x, w["gate_up"], bias).chunk(2, dim=1)
             return gate, up
-        both = numerics.linear(x, w["gate_up_interleaved"], w.get("gate_up_bias"))
+        both = numerics.linear(x, w["gate_up_interleaved"], bias)
         return both[:, ::2], both[:, 1::2]
 
 

@@ -17,6 +17,10 @@ from typing import Literal
 from blyan_node.moe.config import DenseFeed, GroupedAttention, ModelConfig, MoeFeed
 from protocols.dag.header import Kind
 from protocols.ids import Subject, expert_subject
+from protocols.tensors.manifest import Dtype
+
+FLOATS = (Dtype.F32, Dtype.BF16, Dtype.F16)
+PACKED = (Dtype.U8,)
 
 Form = Literal["separate", "fused"]
 Roles = Mapping[str, str]
@@ -26,13 +30,15 @@ Roles = Mapping[str, str]
 class Local:
     """A tensor of a part: its role, its local name and shape.
 
-    `transposed`: the file has [in, out], while the role is a matrix [out, in].
+    `transposed`: the file has [in, out], while the role is a matrix [out, in]. `dtypes` are those
+    in which it may be stored.
     """
 
     role: str
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
+    dtypes: tuple[Dtype, ...] = FLOATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class TensorLayout:
     index: int | None = None
     role: str = ""
     transposed: bool = False
+    dtypes: tuple[Dtype, ...] = FLOATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,15 @@ def part(
         Subject(subject),
         kind,
         tuple(
-            TensorLayout(one.name, one.shape, prefix + one.name, index, one.role, one.transposed)
+            TensorLayout(
+                one.name,
+                one.shape,
+                prefix + one.name,
+                index,
+                one.role,
+                one.transposed,
+                one.dtypes,
+            )
             for one in tensors
         ),
     )
@@ -172,6 +187,15 @@ def gated_fused(hidden: int, inner: int) -> list[Local]:
     return [
         Local("gate_up", "gate_up_proj", (2 * inner, hidden)),
         Local("down", "down_proj", (hidden, inner)),
+    ]
+
+
+def mxfp4(role: str, name: str, out: int, into: int) -> list[Local]:
+    """A matrix [out, in] as 4-bit floats (`blyan_node.moe.stored.Mxfp4`): blocks and scales."""
+    blocks = (out, into // 32, 16)
+    return [
+        Local(f"{role}_blocks", f"{name}_blocks", blocks, dtypes=PACKED),
+        Local(f"{role}_scales", f"{name}_scales", blocks[:2], dtypes=PACKED),
     ]
 
 

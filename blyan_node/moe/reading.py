@@ -85,6 +85,33 @@ def read_window(fields: Fields, default: int | None) -> int | None:
     return value
 
 
+def read_mxfp4(fields: Fields, *widths: int) -> bool:
+    """Whether the experts are stored as MXFP4; `widths` are those of their matrices' rows."""
+    quantised = fields.nested("quantization_config")
+    if quantised is None:
+        return False
+    quantised.only("quant_method", "mxfp4", None)
+    quantised.flag("dequantize", False)  # what `transformers` did when it loaded them
+    kept = quantised.take("modules_to_not_convert", None) or []
+    if not isinstance(kept, list) or any(type(one) is not str or "expert" in one for one in kept):
+        quantised.refuse("modules_to_not_convert", f"is {show(kept)}: experts are to be MXFP4")
+    quantised.check_rest()
+    for width in widths:
+        if width % 32:
+            fields.refuse("quantization_config", f"is mxfp4, and 32 does not divide {width}")
+    return True
+
+
+def refuse_quantised(fields: Fields) -> None:
+    """Refuses, by its name, a quantisation that the family has not taken."""
+    quantised = fields.nested("quantization_config")
+    if quantised is not None:
+        method = quantised.take("quant_method", None)
+        fields.refuse(
+            "quantization_config", f"asks for {show(method)}, which is not read in this family"
+        )
+
+
 def _rope(fields: Fields, theta: float, positions: int) -> Rope:
     """Reads `rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
     outer = fields.number("rope_theta", 2.0, 1e12, theta)

@@ -31,7 +31,8 @@ from blyan_node.moe.numerics import (
     sigmoid,
 )
 from blyan_node.moe.sampling import Sampler
-from blyan_node.moe.weights import ReadWeights, by_role, load_part
+from blyan_node.moe.stored import widened
+from blyan_node.moe.weights import ReadWeights, by_role, load_part, matrices
 from protocols.dag.header import Kind
 
 Weights = Mapping[str, Tensor]  # by role (`blyan_node.moe.layout`)
@@ -48,7 +49,8 @@ class Reference:
             given = tensors(part.subject)
             if part.kind is Kind.EXPERT:
                 part = expert_layout(config, part.subject, given)
-            self.parts[part.subject] = by_role(part, load_part(part, given))
+            stored = matrices(by_role(part, load_part(part, given)))
+            self.parts[part.subject] = {role: widened(one) for role, one in stored.items()}
         dims = {layer.attention.rope_dim for layer in config.layers}
         self.ropes = {dim: RopeTable(config.rope, dim) for dim in dims}
 

@@ -107,3 +107,12 @@ def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
         else:
             tile = _scratch.tile(last - first, width).copy_(weight[first:last])
         yield first, tile
+
+
+def widened(weight: Weight) -> Tensor:
+    """The whole in float32, stored by rows or by columns as `weight` is."""
+    if isinstance(weight, Tensor):
+        return weight.float()
+    out = torch.empty(weight.shape)
+    weight.widen(0, weight.shape[0], out)
+    return out

@@ -18,7 +18,7 @@ from blyan_node.moe.cache import KVCache
 from blyan_node.moe.config import DenseFeed, Feed, LayerConfig, ModelConfig, MoeFeed
 from blyan_node.moe.families import layout
 from blyan_node.moe.feed import FeedForward
-from blyan_node.moe.weights import ReadWeights, by_role, load_part, resident_bytes
+from blyan_node.moe.weights import ReadWeights, by_role, copied_bytes, load_part, stored_bytes
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
 
@@ -61,12 +61,14 @@ class Trunk:
     def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
         """Loads everything but the experts; raises `Refused` (BAD_MODEL) for what does not fit."""
         self.config = config
-        self.bytes = 0
+        self.bytes = self.copied = 0
         parts: Parts = {}
         for part in layout(config):
             if part.kind is not Kind.EXPERT:
-                loaded = load_part(part, tensors(part.subject))
-                self.bytes += resident_bytes(loaded)
+                given = tensors(part.subject)
+                loaded = load_part(part, given)
+                self.bytes += stored_bytes(loaded)
+                self.copied += copied_bytes(loaded, given)
                 parts[part.subject] = by_role(part, loaded)
         self._embedding = parts["embed"]["weight"]
         self._final_norm = parts["final"]["weight"]
@@ -111,7 +113,7 @@ class Trunk:
                     f"token id {one}",
                     f"the model's vocabulary has {self.config.vocab} tokens",
                 )
-        return self._embedding[torch.tensor(list(ids), dtype=torch.int64)]
+        return self._embedding[torch.tensor(list(ids), dtype=torch.int64)].float()
 
     @torch.inference_mode()
     def attend(self, layer: int, x: Tensor, cache: KVCache) -> Attended:

@@ -1,7 +1,7 @@
-"""From bytes in a pack file to float32 tensors: in place where they are float32 already.
+"""From bytes in a pack file to tensors in their stored precision, where they lie.
 
-float32 tensors are used where they lie, without a copy; the buffer must then stay mapped, and the
-tensor keeps it alive. bfloat16 is widened once, exactly. Both count as resident.
+Nothing is copied but float32 that begins at an odd address; the buffer must stay mapped, and the
+tensors keep it alive. What computes with them widens them (`blyan_node.moe.stored`).
 """
 
 import warnings
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.layout import SubjectLayout
+from blyan_node.moe.stored import Mxfp4, Weight
 from blyan_node.moe.strict_json import refuse
 from protocols.ids import Subject
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
@@ -21,25 +22,30 @@ Weights = Mapping[str, tuple[Dtype, tuple[int, ...], memoryview]]
 ReadWeights = Callable[[Subject], Weights]
 
 _ALIGNED_BYTES = 16
-_TORCH = {Dtype.F32: torch.float32, Dtype.BF16: torch.bfloat16}
+_TORCH = {
+    Dtype.F32: torch.float32,
+    Dtype.BF16: torch.bfloat16,
+    Dtype.F16: torch.float16,
+    Dtype.U8: torch.uint8,
+}
 
 
 def load_part(part: SubjectLayout, tensors: Weights) -> dict[str, Tensor]:
-    """A subject's tensors in float32 by local name; raises `Refused` (BAD_MODEL) by name."""
+    """A subject's tensors by local name; raises `Refused` (BAD_MODEL) by name."""
     loaded = {}
     for tensor in part.tensors:
         if tensor.name not in tensors:
             refuse(f"{part.subject} has no tensor {tensor.name}", subject=part.subject)
         dtype, shape, data = tensors[tensor.name]
-        if tuple(shape) != tensor.shape or dtype not in _TORCH:
+        if tuple(shape) != tensor.shape or dtype not in tensor.dtypes:
             refuse(
-                f"{part.subject}: {tensor.name} is {dtype} {list(shape)}, expected F32 or BF16"
-                f" {list(tensor.shape)}",
+                f"{part.subject}: {tensor.name} is {dtype} {list(shape)}, expected"
+                f" {' or '.join(tensor.dtypes)} {list(tensor.shape)}",
                 subject=part.subject,
             )
         if len(data) != prod(shape) * DTYPE_BYTES[dtype]:
             refuse(f"{part.subject}: {tensor.name} has {len(data)} bytes", subject=part.subject)
-        loaded[tensor.name] = _float32(dtype, tensor.shape, data)
+        loaded[tensor.name] = _in_place(dtype, tensor.shape, data)
     for name in tensors:
         if name not in loaded:
             refuse(f"{part.subject}: {name[:80]!a} is none of its tensors", subject=part.subject)
@@ -54,17 +60,44 @@ def by_role(part: SubjectLayout, loaded: Mapping[str, Tensor]) -> dict[str, Tens
     }
 
 
-def resident_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """The memory that loaded tensors occupy when they are used."""
+def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
+    """Tensors by role, MXFP4 put together from blocks and scales. Raises `Refused` (BAD_MODEL)."""
+    found: dict[str, Weight] = {}
+    for role, tensor in tensors.items():
+        if role.endswith("_blocks"):
+            name = role.removesuffix("_blocks")
+            found[name] = Mxfp4(tensor, tensors[f"{name}_scales"])
+        elif not role.endswith("_scales"):
+            found[role] = tensor
+    return found
+
+
+def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The memory that loaded tensors occupy when they are used: their bytes as stored."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _float32(dtype: Dtype, shape: tuple[int, ...], data: memoryview) -> Tensor:
-    _allow_read_only_buffers()
-    tensor = torch.frombuffer(data, dtype=_TORCH[dtype]).view(shape)
+def copied_bytes(loaded: Mapping[str, Tensor], tensors: Weights) -> int:
+    """How many bytes of `loaded` are not where `tensors` have them."""
+    return sum(
+        len(data)
+        for name, (_, _, data) in tensors.items()
+        if len(data) and loaded[name].data_ptr() != _bytes_of(data).data_ptr()
+    )
+
+
+def _in_place(dtype: Dtype, shape: tuple[int, ...], data: memoryview) -> Tensor:
+    if not len(data):
+        return torch.empty(shape, dtype=_TORCH[dtype])
+    tensor = _bytes_of(data)
     if dtype == Dtype.F32 and tensor.data_ptr() % _ALIGNED_BYTES:
-        return tensor.clone()
-    return tensor.float()
+        tensor = tensor.clone()  # products of what is not aligned have other bits
+    return tensor.view(_TORCH[dtype]).view(shape)
+
+
+def _bytes_of(data: memoryview) -> Tensor:
+    _allow_read_only_buffers()
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 @cache

@@ -154,7 +154,7 @@ ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
         (_drop("model.safetensors"), "neither model.safetensors nor"),
         (_retensor(lambda t: t.pop(ROUTER)), f"{ROUTER} is missing"),
         (_retensor(lambda t: t.update({ROUTER: torch.zeros(6, 41)})), r"\[6, 41\]"),
-        (_retensor(lambda t: t.update({ROUTER: torch.zeros(6, 40).half()})), "is F16"),
+        (_retensor(lambda t: t.update({ROUTER: torch.zeros(6, 40).long()})), "is I64"),
         (_retensor(lambda t: t.update({"model.extra": torch.zeros(1)})), "'model.extra' does not"),
         (_truncate, "bytes of tensors, but the header describes"),
         (lambda path: (path / "config.json").write_text("{"), "config.json"),

@@ -1,4 +1,4 @@
-"""Loading: float32 stays where it lies, bfloat16 is widened once, what does not fit is named."""
+"""Loading: everything stays where and as it lies, and what does not fit is named."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from blyan_node.moe.trunk import Trunk
 from blyan_node.moe.weights import Weights, load_part
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import Subject
-from protocols.tensors.manifest import Dtype
+from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 
 EXPERT = Subject("layer1.expert2")
 
@@ -22,8 +22,10 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss"])
-def test_float32_is_used_in_place(directories: dict[str, Path], variant: str) -> None:
+@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss", "mixtral-odd", "gpt_oss-odd"])
+def test_tensors_are_used_in_place_and_as_they_are(
+    directories: dict[str, Path], variant: str
+) -> None:
     checkpoint = Checkpoint.open(directories[variant])
     given = {
         name: (dtype, shape, view.toreadonly())
@@ -33,22 +35,11 @@ def test_float32_is_used_in_place(directories: dict[str, Path], variant: str) ->
     assert {n: t.data_ptr() for n, t in loaded.items()} == {
         n: _address(view) for n, (_, _, view) in given.items()
     }
-    size = sum(len(view) for _, _, view in given.values())
-    assert Expert(checkpoint.config, EXPERT, given).bytes == size
-
-
-@pytest.mark.parametrize("variant", ["mixtral-odd", "gpt_oss-odd"])
-def test_bfloat16_is_widened_and_counted(directories: dict[str, Path], variant: str) -> None:
-    checkpoint = Checkpoint.open(directories[variant])
-    given = checkpoint.load(EXPERT)
-    loaded = load_part(expert_layout(checkpoint.config, EXPERT, given), given)
-    for name, (dtype, _, view) in given.items():
-        assert dtype is Dtype.BF16 and loaded[name].dtype == torch.float32
-        narrowed = loaded[name].bfloat16().view(torch.uint8).numpy().tobytes()
-        assert narrowed == bytes(view)
-    assert Expert(checkpoint.config, EXPERT, given).bytes == 2 * sum(
-        len(v) for _, _, v in given.values()
-    )
+    for name, (_, _, view) in given.items():
+        assert loaded[name].view(torch.uint8).numpy().tobytes() == bytes(view)
+    expert = Expert(checkpoint.config, EXPERT, given)
+    assert expert.bytes == sum(len(view) for _, _, view in given.values())
+    assert expert.copied == 0
 
 
 def test_a_buffer_at_an_odd_address_gives_the_same_bits(directories: dict[str, Path]) -> None:
@@ -57,7 +48,9 @@ def test_a_buffer_at_an_odd_address_gives_the_same_bits(directories: dict[str, P
     moved: Weights = {n: (d, s, _moved(view)) for n, (d, s, view) in given.items()}
     rows = torch.randn(5, checkpoint.config.hidden)
     expected = Expert(checkpoint.config, EXPERT, given).apply(rows)
-    assert torch.equal(Expert(checkpoint.config, EXPERT, moved).apply(rows), expected)
+    expert = Expert(checkpoint.config, EXPERT, moved)
+    assert torch.equal(expert.apply(rows), expected)
+    assert expert.copied == expert.bytes
 
 
 def _moved(view: memoryview) -> memoryview:
@@ -97,7 +90,11 @@ def test_a_trunk_reads_everything_but_experts(directory: Path) -> None:
     assert sorted(asked) == sorted(
         part.subject for part in checkpoint.subjects if "expert" not in part.subject
     )
-    floats = sum(np.prod(shape) for s in asked for _, shape in checkpoint.describe(s).values())
-    assert trunk.bytes == 4 * floats
+    assert trunk.bytes == sum(
+        np.prod(shape) * DTYPE_BYTES[dtype]
+        for subject in asked
+        for dtype, shape in checkpoint.describe(subject).values()
+    )
+    assert trunk.copied == 0
     with pytest.raises(Refused, match="token id 97"):
         trunk.embed([1, 97])

@@ -11,6 +11,7 @@ from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.families import gpt_oss, mixtral, olmoe, qwen3_moe
 from blyan_node.moe.families.family import Family
 from blyan_node.moe.layout import Form, SubjectLayout, attention_part, first_parts, last_parts
+from blyan_node.moe.reading import refuse_quantised
 from blyan_node.moe.strict_json import Fields, parse_json, refuse
 from protocols import limits
 from protocols.ids import Subject, parse_subject
@@ -35,10 +36,8 @@ def parse_config(data: bytes) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         refuse(f"config.json: model_type {str(name)[:40]!r}, this version reads {known}")
-    if fields.take("quantization_config", None) is not None:
-        refuse("config.json: quantization_config: MXFP4 and other quantised weights are not read"
-               " by this version")  # fmt: skip
     config = FAMILIES[name].read(fields)
+    refuse_quantised(fields)
     fields.check_rest()
     if not any(config.experts_of(layer) for layer in range(len(config.layers))):
         refuse("config.json: no layer has experts, and dense models are not read")

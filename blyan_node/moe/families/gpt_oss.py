@@ -1,13 +1,13 @@
 """gpt-oss (arXiv 2508.10925): attention sinks, every other layer windowed, softmax of the chosen.
 
-The experts of a layer are fused, [in, out], with gate and up interleaved.
+The experts of a layer are fused, with gate and up interleaved: [in, out], or as MXFP4 [out, in].
 """
 
 from dataclasses import replace
 
 from blyan_node.moe.config import ClampedGate, LayerConfig, ModelConfig, MoeFeed, Routing
 from blyan_node.moe.families.family import Family
-from blyan_node.moe.layout import Form, Local, SubjectLayout, fused_expert, router_part
+from blyan_node.moe.layout import Form, Local, SubjectLayout, fused_expert, mxfp4, router_part
 from blyan_node.moe.reading import (
     read_attention,
     read_experts,
@@ -15,6 +15,7 @@ from blyan_node.moe.reading import (
     read_intermediate,
     read_layers,
     read_model,
+    read_mxfp4,
     read_window,
 )
 from blyan_node.moe.strict_json import Fields, show
@@ -36,7 +37,8 @@ def _read(fields: Fields) -> ModelConfig:
     )
     routing = Routing("softmax_chosen", renormalise=True, bias=True)
     inner = read_intermediate(fields)
-    feed = MoeFeed(experts, top_k, inner, activation, routing, bias=True)
+    packed = read_mxfp4(fields, hidden, inner)
+    feed = MoeFeed(experts, top_k, inner, activation, routing, bias=True, mxfp4=packed)
     layers = [
         LayerConfig(replace(attention, window=window), feed) for window in _windows(fields, count)
     ]
@@ -69,14 +71,19 @@ def _feed(config: ModelConfig, layer: int, form: Form) -> list[SubjectLayout]:
 def _expert(config: ModelConfig, layer: int, expert: int, form: Form) -> SubjectLayout:
     feed, hidden = config.layers[layer].feed, config.hidden
     assert isinstance(feed, MoeFeed)
-    both = 2 * feed.intermediate
     tensors = (
-        Local("gate_up_interleaved", "gate_up_proj", (hidden, both), transposed=True),
-        Local("gate_up_bias", "gate_up_proj_bias", (both,)),
-        Local("down", "down_proj", (feed.intermediate, hidden), transposed=True),
+        *_matrix(feed, "gate_up_interleaved", "gate_up_proj", 2 * feed.intermediate, hidden),
+        Local("gate_up_bias", "gate_up_proj_bias", (2 * feed.intermediate,)),
+        *_matrix(feed, "down", "down_proj", hidden, feed.intermediate),
         Local("down_bias", "down_proj_bias", (hidden,)),
     )
     return fused_expert(layer, expert, "mlp.", tensors)
+
+
+def _matrix(feed: MoeFeed, role: str, name: str, out: int, into: int) -> list[Local]:
+    if feed.mxfp4:
+        return mxfp4(role, name, out, into)
+    return [Local(role, name, (into, out), transposed=True)]
 
 
 FAMILY = Family("gpt_oss", _read, _feed, _expert, ("fused",))
