@@ -1,4 +1,4 @@
-"""The keys and values of the tokens that a session has seen."""
+"""What a session keeps of the tokens that it has seen: keys and values, or what makes them."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,15 @@ _FIRST_POSITIONS = 256
 
 
 class KVCache:
-    """Keys and values by layer, each [heads, positions, dim] as the layer's attention says.
+    """By layer what its attention keeps (`cached`): buffers [heads, positions, dim].
 
-    Buffers double when they are full.
-
-    Each layer has its own length, so a pass that was cut off in the middle can be undone with
-    `truncate` and done again.
+    They double when they are full. Each layer has its own length, so a pass that was cut off in the
+    middle can be undone with `truncate` and done again.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self._sizes = [layer.attention.cached for layer in config.layers]
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * len(config.layers)
+        self._buffers: list[tuple[Tensor, ...] | None] = [None] * len(config.layers)
         self._lengths = [0] * len(config.layers)
 
     @property
@@ -31,8 +29,8 @@ class KVCache:
     @property
     def bytes(self) -> int:
         """Memory of all buffers."""
-        pairs = [pair for pair in self._buffers if pair is not None]
-        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
+        known = [buffers for buffers in self._buffers if buffers is not None]
+        return sum(t.numel() * t.element_size() for buffers in known for t in buffers)
 
     def length_of(self, layer: int) -> int:
         """Positions that one layer has seen."""
@@ -42,33 +40,35 @@ class KVCache:
         """Forgets every position from `length` on."""
         self._lengths = [min(known, length) for known in self._lengths]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Adds keys and values, each [n, heads, dim], of the next n positions of a layer."""
+    def append(self, layer: int, *rows: Tensor) -> None:
+        """Adds rows, for each buffer [n, heads, dim], of the next n positions of a layer."""
         first = self._lengths[layer]
-        last = first + keys.shape[0]
-        for buffer, new in zip(self._room(layer, last), (keys, values), strict=True):
+        last = first + rows[0].shape[0]
+        for buffer, new in zip(self._room(layer, last), rows, strict=True):
             buffer[:, first:last, : new.shape[2]] = new.transpose(0, 1)
         self._lengths[layer] = last
 
-    def seen(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions [first, last), each [heads, positions, dim]."""
-        pair, sizes = self._buffers[layer], self._sizes[layer]
-        assert pair is not None and last <= self._lengths[layer]
-        return pair[0][:, first:last, : sizes[0][1]], pair[1][:, first:last, : sizes[1][1]]
+    def seen(self, layer: int, first: int, last: int) -> tuple[Tensor, ...]:
+        """The positions [first, last) of a layer's buffers, each [heads, positions, dim]."""
+        buffers = self._buffers[layer]
+        assert buffers is not None and last <= self._lengths[layer]
+        return tuple(
+            buffer[:, first:last, :dim]
+            for buffer, (_, dim) in zip(buffers, self._sizes[layer], strict=True)
+        )
 
-    def _room(self, layer: int, positions: int) -> tuple[Tensor, Tensor]:
-        pair = self._buffers[layer]
-        room = 0 if pair is None else pair[0].shape[1]
-        if pair is not None and positions <= room:
-            return pair
+    def _room(self, layer: int, positions: int) -> tuple[Tensor, ...]:
+        buffers = self._buffers[layer]
+        room = 0 if buffers is None else buffers[0].shape[1]
+        if buffers is not None and positions <= room:
+            return buffers
         room = max(_FIRST_POSITIONS, room)
         while room < positions:
             room *= 2
-        keys, values = self._sizes[layer]
-        grown = _empty(*keys, room), _empty(*values, room)
-        if pair is not None:
+        grown = tuple(_empty(heads, dim, room) for heads, dim in self._sizes[layer])
+        if buffers is not None:
             known = self._lengths[layer]
-            for new, old in zip(grown, pair, strict=True):
+            for new, old in zip(grown, buffers, strict=True):
                 new[:, :known] = old[:, :known]
         self._buffers[layer] = grown
         return grown

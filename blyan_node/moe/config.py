@@ -21,7 +21,8 @@ class Rope:
     beta_slow: float = 1.0
     original_positions: int = 0
     truncate: bool = True
-    attention_factor: float = 1.0
+    attention_factor: float = 1.0  # on cosine and sine
+    score_factor: float = 1.0  # on the scale of the softmax, where a family reads mscale_all_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,44 @@ class GroupedAttention:
         return self.head_dim
 
     @property
-    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def cached(self) -> tuple[tuple[int, int], ...]:
         """What is kept of each position: (heads, dimensions) of the keys and of the values."""
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (arXiv 2405.04434, 2.1).
+
+    Keys and values of all heads are made from one latent of each position, of `kv_rank`
+    dimensions, and from `rope_dim` rotated ones that the heads share; only these are kept. A head's
+    query and key have `plain_dim` + `rope_dim` dimensions, its value `value_dim`.
+    """
+
+    heads: int
+    query_rank: int | None  # of the latent of the queries; None: they are made from the rows
+    kv_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool = True  # pairs (2i, 2i + 1) are rotated, else (i, i + rope_dim / 2)
+    bias: bool = False  # on the projections into the latents and on the last
+    norm_eps: float = 1e-6  # of the norms of the latents
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head's queries and keys."""
+        return self.plain_dim + self.rope_dim
+
+    @property
+    def window(self) -> None:
+        """A token sees all that were before it."""
+        return None
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """What is kept of each position: the normed latent and the rotated dimensions."""
+        return ((1, self.kv_rank + self.rope_dim),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +116,7 @@ class Routing:
     scaling: float = 1.0
 
 
-Attention = GroupedAttention
+Attention = GroupedAttention | LatentAttention
 Activation = SiluGate | ClampedGate
 
 

@@ -14,7 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blyan_node.moe.config import DenseFeed, GroupedAttention, ModelConfig, MoeFeed
+from blyan_node.moe.config import (
+    Attention,
+    DenseFeed,
+    GroupedAttention,
+    LatentAttention,
+    ModelConfig,
+    MoeFeed,
+)
 from protocols.dag.header import Kind
 from protocols.ids import Subject, expert_subject
 from protocols.tensors.manifest import Dtype
@@ -110,20 +117,24 @@ def attention_part(config: ModelConfig, layer: int) -> SubjectLayout:
     """The attention of one layer, with both norms of the layer."""
     tensors = (
         Local("input_norm", "input_layernorm.weight", (config.hidden,)),
-        *_grouped(config.layers[layer].attention, config.hidden),
+        *_attention(config.layers[layer].attention, config.hidden),
         Local("output_norm", "post_attention_layernorm.weight", (config.hidden,)),
     )
     return part(f"layer{layer}.attention", Kind.TRUNK, layer_prefix(layer), tensors)
 
 
+def _attention(attention: Attention, hidden: int) -> list[Local]:
+    if isinstance(attention, LatentAttention):
+        return _latent(attention, hidden)
+    return _grouped(attention, hidden)
+
+
 def _grouped(a: GroupedAttention, hidden: int) -> list[Local]:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    tensors = []
+    tensors: list[Local] = []
     for name, out, into in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden),
                             ("o", hidden, q)):  # fmt: skip
-        tensors.append(Local(name, f"self_attn.{name}_proj.weight", (out, into)))
-        if a.bias:
-            tensors.append(Local(f"{name}_bias", f"self_attn.{name}_proj.bias", (out,)))
+        tensors.extend(_projection(name, f"{name}_proj", out, into, a.bias))
     if a.qk_norm is not None:
         q, kv = (q, kv) if a.qk_norm == "whole" else (a.head_dim, a.head_dim)
         tensors.append(Local("q_norm", "self_attn.q_norm.weight", (q,)))
@@ -131,6 +142,30 @@ def _grouped(a: GroupedAttention, hidden: int) -> list[Local]:
     if a.sinks:
         tensors.append(Local("sinks", "self_attn.sinks", (a.heads,)))
     return tensors
+
+
+def _latent(a: LatentAttention, hidden: int) -> list[Local]:
+    q, kv = a.heads * a.head_dim, a.heads * (a.plain_dim + a.value_dim)
+    if a.query_rank is None:
+        queries = _projection("q", "q_proj", q, hidden, False)
+    else:
+        queries = [
+            *_projection("q_a", "q_a_proj", a.query_rank, hidden, a.bias),
+            Local("q_a_norm", "self_attn.q_a_layernorm.weight", (a.query_rank,)),
+            *_projection("q_b", "q_b_proj", q, a.query_rank, False),
+        ]
+    return [
+        *queries,
+        *_projection("kv_a", "kv_a_proj_with_mqa", a.kv_rank + a.rope_dim, hidden, a.bias),
+        Local("kv_a_norm", "self_attn.kv_a_layernorm.weight", (a.kv_rank,)),
+        Local("kv_b", "self_attn.kv_b_proj.weight", (kv, a.kv_rank)),
+        *_projection("o", "o_proj", hidden, a.heads * a.value_dim, a.bias),
+    ]
+
+
+def _projection(role: str, name: str, out: int, into: int, bias: bool) -> list[Local]:
+    weight = Local(role, f"self_attn.{name}.weight", (out, into))
+    return [weight, Local(f"{role}_bias", f"self_attn.{name}.bias", (out,))] if bias else [weight]
 
 
 def layer_prefix(layer: int) -> str:
@@ -190,15 +225,6 @@ def gated_fused(hidden: int, inner: int) -> list[Local]:
     ]
 
 
-def mxfp4(role: str, name: str, out: int, into: int) -> list[Local]:
-    """A matrix [out, in] as 4-bit floats (`blyan_node.moe.stored.Mxfp4`): blocks and scales."""
-    blocks = (out, into // 32, 16)
-    return [
-        Local(f"{role}_blocks", f"{name}_blocks", blocks, dtypes=PACKED),
-        Local(f"{role}_scales", f"{name}_scales", blocks[:2], dtypes=PACKED),
-    ]
-
-
 def mlp_parts(config: ModelConfig, layer: int, form: Form) -> list[SubjectLayout]:
     """A layer's router with shared experts, or its dense network, under the names most use."""
     feed, here = config.layers[layer].feed, layer_prefix(layer) + "mlp."
@@ -219,3 +245,12 @@ def mlp_expert(config: ModelConfig, layer: int, expert: int, form: Form) -> Subj
     feed = config.layers[layer].feed
     assert isinstance(feed, MoeFeed)
     return fused_expert(layer, expert, "mlp.", gated_fused(config.hidden, feed.intermediate))
+
+
+def mxfp4(role: str, name: str, out: int, into: int) -> list[Local]:
+    """A matrix [out, in] as 4-bit floats (`blyan_node.moe.stored.Mxfp4`): blocks and scales."""
+    blocks = (out, into // 32, 16)
+    return [
+        Local(f"{role}_blocks", f"{name}_blocks", blocks, dtypes=PACKED),
+        Local(f"{role}_scales", f"{name}_scales", blocks[:2], dtypes=PACKED),
+    ]

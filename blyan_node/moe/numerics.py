@@ -36,6 +36,13 @@ def align(x: Tensor) -> Tensor:
     return copy
 
 
+def align_matrix(matrix: Tensor) -> Tensor:
+    """A piece of a matrix where its address changes no bit of its products: itself or a copy."""
+    if matrix.dtype != torch.float32 or matrix.data_ptr() % 16 == 0:
+        return matrix
+    return matrix.clone()
+
+
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [n, k] times weight [m, k] transposed, plus bias [m]: float32 [n, m], row by row.
 
@@ -100,6 +107,7 @@ class RopeTable:
     def __init__(self, rope: Rope, head_dim: int) -> None:
         self._frequencies = inverse_frequencies(rope, head_dim)
         self._factor = rope.attention_factor
+        self.score_factor = rope.score_factor
         self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
 
     def at(self, position: int) -> tuple[Tensor, Tensor]:
@@ -119,16 +127,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def pairs_apart(x: Tensor) -> Tensor:
+    """The last dimension's pairs (2i, 2i + 1) moved to (i, i + half), where `rotate` has them."""
+    return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
+
+
 def attention_row(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, sinks: Tensor | None
 ) -> Tensor:
-    """Attention of one token: query [heads, head_dim] over keys, values [kv heads, seen, head_dim].
+    """Attention of one token: query [heads, head_dim] over keys [kv heads, seen, head_dim].
 
-    `seen` holds the positions that the token may see and no other; sinks [heads] take part in the
-    softmax and have no value. Rows of keys and values are aligned. Returns [heads, head_dim].
+    Values are [kv heads, seen, value_dim]. `seen` holds the positions that the token may see and no
+    other; sinks [heads] take part in the softmax and have no value. Rows of keys and values are
+    aligned. Returns [heads, value_dim].
     """
     heads, group, seen = query.shape[0], query.shape[0] // keys.shape[0], keys.shape[1]
-    query, out = align(query), aligned(*query.shape)
+    query, out = align(query), aligned(heads, values.shape[2])
     scores = aligned(heads, seen + 1)
     for head in range(heads):
         torch.mv(keys[head // group], query[head], out=scores[head, :seen])

@@ -21,8 +21,12 @@ def read_model(
     *,
     theta: float,
     norm_eps: float,
+    mscale: bool = False,
 ) -> ModelConfig:
-    """The fields around the layers. `theta` and `norm_eps` are the family's defaults."""
+    """The fields around the layers. `theta` and `norm_eps` are the family's defaults.
+
+    With `mscale` the fields of that name and `mscale_all_dim` are read, else they are unknown.
+    """
     positions = fields.integer("max_position_embeddings", 1, 1 << 30)
     return ModelConfig(
         family=family,
@@ -31,7 +35,7 @@ def read_model(
         layers=tuple(layers),
         norm_eps=fields.number("rms_norm_eps", 1e-12, 1.0, norm_eps),
         positions_max=positions,
-        rope=_rope(fields, theta, positions),
+        rope=_rope(fields, theta, positions, mscale),
         tied=fields.flag("tie_word_embeddings", False),
         eos=token_ids(fields.take("eos_token_id", None), "config.json: eos_token_id"),
     )
@@ -112,7 +116,7 @@ def refuse_quantised(fields: Fields) -> None:
         )
 
 
-def _rope(fields: Fields, theta: float, positions: int) -> Rope:
+def _rope(fields: Fields, theta: float, positions: int, mscale: bool) -> Rope:
     """Reads `rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
     outer = fields.number("rope_theta", 2.0, 1e12, theta)
     named, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
@@ -130,16 +134,21 @@ def _rope(fields: Fields, theta: float, positions: int) -> Rope:
         return Rope(theta)
     if kind != "yarn":
         rope.refuse("rope_type", f"is {show(kind)}, this version computes 'default' and 'yarn'")
-    read = _yarn(rope, theta, positions)
+    read = _yarn(rope, theta, positions, mscale)
     rope.check_rest()
     return read
 
 
-def _yarn(rope: Fields, theta: float, positions: int) -> Rope:
+def _yarn(rope: Fields, theta: float, positions: int, mscale: bool) -> Rope:
     factor = rope.number("factor", 1.0, 1e6)
     attention = rope.take("attention_factor", None)
     if attention is not None and (type(attention) not in (int, float) or not 0 < attention < 1e3):
         rope.refuse("attention_factor", f"is {show(attention)}")
+    part = rope.number("mscale", 0.0, 100.0, 0.0) if mscale else 0.0
+    whole = rope.number("mscale_all_dim", 0.0, 100.0, 0.0) if mscale else 0.0
+    grown = 0.1 * math.log(factor)
+    if attention is None:
+        attention = (grown * part + 1) / (grown * whole + 1) if part and whole else grown + 1
     return Rope(
         theta=theta,
         factor=factor,
@@ -149,5 +158,6 @@ def _yarn(rope: Fields, theta: float, positions: int) -> Rope:
             "original_max_position_embeddings", 1, 1 << 30, default=positions
         ),
         truncate=rope.flag("truncate", True),
-        attention_factor=0.1 * math.log(factor) + 1.0 if attention is None else float(attention),
+        attention_factor=float(attention),
+        score_factor=(grown * whole + 1) ** 2,
     )

@@ -15,21 +15,25 @@ from blyan_node.moe.config import (
     ClampedGate,
     DenseFeed,
     GroupedAttention,
+    LatentAttention,
     ModelConfig,
     MoeFeed,
 )
 from blyan_node.moe.families import expert_layout, layout
 from blyan_node.moe.numerics import (
     RopeTable,
+    align_matrix,
     aligned,
     attention_row,
     combine,
     linear,
+    pairs_apart,
     rms_norm,
     rotate,
     route,
     sigmoid,
 )
+from blyan_node.moe.routing import route_sigmoid
 from blyan_node.moe.sampling import Sampler
 from blyan_node.moe.stored import widened
 from blyan_node.moe.weights import ReadWeights, by_role, load_part, matrices
@@ -51,8 +55,6 @@ class Reference:
                 part = expert_layout(config, part.subject, given)
             stored = matrices(by_role(part, load_part(part, given)))
             self.parts[part.subject] = {role: widened(one) for role, one in stored.items()}
-        dims = {layer.attention.rope_dim for layer in config.layers}
-        self.ropes = {dim: RopeTable(config.rope, dim) for dim in dims}
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -92,6 +94,8 @@ class _Session:
         self.model = model
         self.keys: list[list[Tensor]] = [[] for _ in model.config.layers]
         self.values: list[list[Tensor]] = [[] for _ in model.config.layers]
+        dims = {layer.attention.rope_dim for layer in model.config.layers}
+        self.ropes = {dim: RopeTable(model.config.rope, dim) for dim in dims}
 
     def step(self, token: int) -> tuple[Tensor, dict[int, Tensor]]:
         """The next token in; its logits [vocab] and its experts [top_k] by layer out."""
@@ -100,9 +104,12 @@ class _Session:
         x = embedding[token : token + 1]  # [1, hidden]
         chosen = {}
         for layer, one in enumerate(c.layers):
-            part, rope = parts[f"layer{layer}.attention"], self.model.ropes[one.attention.rope_dim]
+            part, rope = parts[f"layer{layer}.attention"], self.ropes[one.attention.rope_dim]
             seen = rms_norm(x, part["input_norm"], c.norm_eps)
-            x = x + self._attention(layer, one.attention, rope, seen)
+            if isinstance(one.attention, LatentAttention):
+                x = x + self._latent(layer, one.attention, rope, seen)
+            else:
+                x = x + self._attention(layer, one.attention, rope, seen)
             seen = rms_norm(x, part["output_norm"], c.norm_eps)
             if isinstance(one.feed, DenseFeed):
                 x = x + feed_forward(one.feed.activation, parts[f"layer{layer}.mlp"], seen)
@@ -140,6 +147,35 @@ class _Session:
         )
         return linear(out.reshape(1, -1), part["o"], part.get("o_bias"))
 
+    def _latent(self, layer: int, c: LatentAttention, rope: RopeTable, x: Tensor) -> Tensor:
+        """x [1, hidden] → [1, hidden]; the layer's latents, in `keys`, grow by one."""
+        part, latents = self.model.parts[f"layer{layer}.attention"], self.keys[layer]
+        cos, sin = rope.at(len(latents))
+
+        def turned(rows: Tensor) -> Tensor:  # [n, rope_dim]
+            return rotate(pairs_apart(rows) if c.interleaved else rows, cos, sin)
+
+        row = linear(x, part["kv_a"], part.get("kv_a_bias"))  # [1, kv_rank + rope_dim]
+        latent, key = row[:, : c.kv_rank], row[:, c.kv_rank :]
+        latent = rms_norm(latent, part["kv_a_norm"], c.norm_eps)
+        latents.append(torch.cat((latent, turned(key)), dim=1))
+        if c.query_rank is None:
+            query = linear(x, part["q"])
+        else:
+            query = linear(x, part["q_a"], part.get("q_a_bias"))
+            query = linear(rms_norm(query, part["q_a_norm"], c.norm_eps), part["q_b"])
+        heads = query.reshape(c.heads, -1)  # [heads, plain_dim + rope_dim]
+        kv_b = part["kv_b"].view(c.heads, -1, c.kv_rank)
+        keys = [align_matrix(head) for head in kv_b[:, : c.plain_dim]]  # [plain_dim, kv_rank]
+        values = [align_matrix(head) for head in kv_b[:, c.plain_dim :]]  # [value_dim, kv_rank]
+        absorbed = [linear(heads[h : h + 1, : c.plain_dim], keys[h].t()) for h in range(c.heads)]
+        query = torch.cat((torch.cat(absorbed), turned(heads[:, c.plain_dim :])), dim=1)
+        seen = _by_head(latents)  # [1, seen, kv_rank + rope_dim]: the same for every head
+        scale = c.head_dim**-0.5 * rope.score_factor
+        out = attention_row(query, seen, seen[..., : c.kv_rank], scale, None)  # [heads, kv_rank]
+        rows = [linear(out[h : h + 1], values[h]) for h in range(c.heads)]
+        return linear(torch.cat(rows, dim=1), part["o"], part.get("o_bias"))
+
     def _experts(
         self, layer: int, c: MoeFeed, residual: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -147,10 +183,14 @@ class _Session:
         parts = self.model.parts
         router = parts[f"layer{layer}.router"]
         logits = linear(x, router["weight"], router.get("bias"))
-        over_chosen = c.routing.score == "softmax_chosen"
-        experts, weights = route(
-            logits, c.top_k, over_chosen=over_chosen, renormalise=c.routing.renormalise
-        )  # [1, top_k] each
+        if c.routing.score == "sigmoid":  # both give [1, top_k] each
+            correction = router.get("correction")
+            experts, weights = route_sigmoid(logits, c.top_k, c.routing, correction)
+        else:
+            over_chosen = c.routing.score == "softmax_chosen"
+            experts, weights = route(
+                logits, c.top_k, over_chosen=over_chosen, renormalise=c.routing.renormalise
+            )
         rows = [
             feed_forward(c.activation, parts[f"layer{layer}.expert{expert}"], x)
             for expert in experts[0]

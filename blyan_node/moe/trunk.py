@@ -15,9 +15,18 @@ from torch import Tensor
 from blyan_node.moe import numerics
 from blyan_node.moe.attention import Grouped
 from blyan_node.moe.cache import KVCache
-from blyan_node.moe.config import DenseFeed, Feed, LayerConfig, ModelConfig, MoeFeed
+from blyan_node.moe.config import (
+    DenseFeed,
+    Feed,
+    LatentAttention,
+    LayerConfig,
+    ModelConfig,
+    MoeFeed,
+)
 from blyan_node.moe.families import layout
 from blyan_node.moe.feed import FeedForward
+from blyan_node.moe.latent import Latent
+from blyan_node.moe.routing import route_sigmoid
 from blyan_node.moe.weights import ReadWeights, by_role, copied_bytes, load_part, stored_bytes
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
@@ -81,12 +90,16 @@ class Trunk:
         dim = layer.attention.rope_dim
         if dim not in self._ropes:
             self._ropes[dim] = numerics.RopeTable(self.config.rope, dim)
-        grouped = Grouped(layer.attention, attention, self._ropes[dim], self.config.norm_eps)
+        loaded: Grouped | Latent
+        if isinstance(layer.attention, LatentAttention):
+            loaded = Latent(layer.attention, attention, self._ropes[dim])
+        else:
+            loaded = Grouped(layer.attention, attention, self._ropes[dim], self.config.norm_eps)
         here = f"layer{number}.mlp" if isinstance(feed, DenseFeed) else f"layer{number}.shared"
         network = FeedForward(feed.activation, parts[here]) if here in parts else None
         router = parts.get(f"layer{number}.router", {})
         return _Layer(
-            attention["input_norm"], attention["output_norm"], grouped.apply, feed, router, network
+            attention["input_norm"], attention["output_norm"], loaded.apply, feed, router, network
         )
 
     def new_cache(self) -> KVCache:
@@ -159,6 +172,10 @@ class Trunk:
 
 def _route(feed: MoeFeed, router: dict[str, Tensor], normed: Tensor) -> Routed:
     logits = numerics.linear(normed, router["weight"], router.get("bias"))
+    if feed.routing.score == "sigmoid":
+        correction = router.get("correction")
+        experts, weights = route_sigmoid(logits, feed.top_k, feed.routing, correction)
+        return Routed(normed, experts, weights)
     experts, weights = numerics.route(
         logits,
         feed.top_k,

@@ -28,9 +28,16 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
 }
 FAMILY_SIZES: dict[str, dict[str, Any]] = {  # `...`: the family has no such field
+    "deepseek_v3": {
+        "num_key_value_heads": 6, "head_dim": ..., "moe_intermediate_size": 44,
+        "num_local_experts": ..., "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4,
+        "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 28,
+        "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20,
+        "sliding_window": ...,
+    },
     "olmoe": {"hidden_size": 96, "sliding_window": ...},
     "qwen3_moe": {"moe_intermediate_size": 44},
-}
+}  # fmt: skip
 SHARD_BYTES = 40_000
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}"
@@ -63,7 +70,10 @@ def make_checkpoint(
     config = transformers.AutoConfig.for_model(family, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     _heat(model, seed)
-    model.to(getattr(torch, dtype)).save_pretrained(
+    model.to(getattr(torch, dtype))
+    for bias in _corrections(model):
+        bias.data = bias.data.float()  # as released, beside bfloat16 weights
+    model.save_pretrained(
         path,
         max_shard_size=SHARD_BYTES if sharded else "5GB",
         save_original_format=not fused,
@@ -84,6 +94,14 @@ def _heat(model: torch.nn.Module, seed: int) -> None:
             weight.copy_(noise)
         else:
             weight.copy_((0.35 if "experts" in name else 0.25) * noise)
+    for bias in _corrections(model):
+        bias.copy_(0.2 * torch.randn(bias.shape, generator=generator))
+
+
+def _corrections(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The routers' correction biases, which are no parameters."""
+    buffers = sorted(model.named_buffers())
+    return [buffer for name, buffer in buffers if "e_score_correction" in name]
 
 
 def _write_tokenizer(path: Path) -> None:

@@ -27,6 +27,27 @@ VARIANTS = {
             "num_local_experts": 5, "num_experts_per_tok": 4, "sliding_window": 7,
         },
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "mscale": 0.6,
+                "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "deepseek_v3-odd": (
+        "deepseek_v3",
+        {
+            "seed": 10, "dtype": "bfloat16", "sharded": True, "fused": True, "hidden_size": 37,
+            "num_attention_heads": 5, "num_key_value_heads": 5, "q_lora_rank": None,
+            "kv_lora_rank": 19, "qk_nope_head_dim": 7, "qk_rope_head_dim": 6, "v_head_dim": 9,
+            "intermediate_size": 29, "moe_intermediate_size": 13, "n_shared_experts": 2,
+            "n_routed_experts": 9, "n_group": 3, "num_experts_per_tok": 4, "rope_interleave": False,
+            "first_k_dense_replace": 2, "num_hidden_layers": 4, "norm_topk_prob": False,
+            "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        },
+    ),
     "mixtral-fused": ("mixtral", {"seed": 7, "fused": True, "head_dim": 14}),
     "qwen3_moe": (
         "qwen3_moe",

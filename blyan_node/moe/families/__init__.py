@@ -8,7 +8,7 @@ example.
 from collections.abc import Callable, Collection
 
 from blyan_node.moe.config import ModelConfig
-from blyan_node.moe.families import gpt_oss, mixtral, olmoe, qwen3_moe
+from blyan_node.moe.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from blyan_node.moe.families.family import Family
 from blyan_node.moe.layout import Form, SubjectLayout, attention_part, first_parts, last_parts
 from blyan_node.moe.reading import refuse_quantised
@@ -19,6 +19,7 @@ from protocols.ids import Subject, parse_subject
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        deepseek_v3.FAMILY,
         gpt_oss.FAMILY,
         mixtral.FAMILY,
         olmoe.FAMILY,
