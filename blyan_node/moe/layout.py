@@ -10,7 +10,7 @@ A checkpoint keeps its experts in one of two forms: `separate`, each with tensor
 first axis: a contiguous piece of the file. Only experts (and where the router lies) differ by form.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,6 @@ FLOATS = (Dtype.F32, Dtype.BF16, Dtype.F16)
 PACKED = (Dtype.U8,)
 
 Form = Literal["separate", "fused"]
-Roles = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,11 @@ def test_qwen3_moe_as_released() -> None:
     assert config.rope == Rope(1e6) and config.norm_eps == 1e-6
 
 
+def test_what_later_releases_of_qwen3_moe_say_besides() -> None:
+    more = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert _parse({**QWEN3_MOE, **more}) == _parse(QWEN3_MOE)
+
+
 def test_olmoe_as_released() -> None:
     config = _parse(OLMOE)
     attention = GroupedAttention(16, 16, 128, qk_norm="whole")
@@ -226,6 +231,8 @@ def test_gpt_oss_refused_by_name(change: dict[str, Any], named: str) -> None:
         (QWEN3_MOE, {"norm_topk_prob": "yes"}, "norm_topk_prob"),
         (QWEN3_MOE, {"clip_qkv": 8.0}, "clip_qkv"),
         (QWEN3_MOE, {"shared_expert_intermediate_size": 512}, "shared_expert"),
+        (QWEN3_MOE, {"use_qk_norm": False}, "use_qk_norm"),
+        (QWEN3_MOE, {"qkv_bias": True}, "qkv_bias"),
         (OLMOE, {"clip_qkv": -1.0}, "clip_qkv"),
         (OLMOE, {"head_dim": 64}, "head_dim times 16 heads is not 2048"),
         (OLMOE, {"sliding_window": 128}, "sliding_window"),

@@ -19,6 +19,9 @@ from blyan_node.moe.strict_json import Fields
 
 def _read(fields: Fields) -> ModelConfig:
     fields.only("hidden_act", "silu", "silu")
+    fields.only("use_qk_norm", True, True)  # this and the next two: of released configurations
+    fields.only("qkv_bias", False, False)
+    fields.only("shared_expert_intermediate_size", 0, 0)
     hidden = read_hidden(fields)
     attention = replace(
         read_attention(fields, hidden),
