@@ -26,7 +26,11 @@ ChunkRow = tuple[ChunkHash, bytes]
 
 
 class Chunks:
-    """The chunk database and its index. `free_bytes` says how much the disk has left."""
+    """The chunk database and its index.
+
+    `quota_bytes` bounds its bytes together with those that `beside` counts; `free_bytes` says how
+    much the disk has left.
+    """
 
     def __init__(
         self,
@@ -35,11 +39,13 @@ class Chunks:
         *,
         quota_bytes: int | None,
         free_bytes: Callable[[], int],
+        beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self._index = index
         self.data = data
         self.quota_bytes = quota_bytes
         self._free_bytes = free_bytes
+        self._beside = beside
         self._pending: dict[ChunkHash, tuple[int, int]] = {}  # written, and not synced
 
     def find(self, name: ChunkHash) -> tuple[int, int] | None:
@@ -81,7 +87,7 @@ class Chunks:
                 raise LocalProtocolError("a chunk is empty or too large")
             size = sum(map(len, new.values()))
             if new:
-                self._make_sure_of_room(size)
+                self.make_sure_of_room(size)
             first = self._index.counters.next_chunk + len(self._pending)
             places = {name: (first + i, len(data)) for i, (name, data) in enumerate(new.items())}
             # One by one: chunks need not arrive together, and LevelDB copies small batches faster.
@@ -153,9 +159,11 @@ class Chunks:
             self.data.batch([], [keys.DATA.key(*at) for at in stored], sync=True)
             self._index.commit([], rows, counters=self._index.counters)
 
-    def _make_sure_of_room(self, size: int) -> None:
-        pending = sum(size for _, size in self._pending.values())
-        stored = self._index.counters.chunk_bytes + pending
+    def make_sure_of_room(self, size: int) -> None:
+        """Raises `DiskFull` if so many bytes more are not allowed or do not fit."""
+        with self._index.lock:
+            pending = sum(size for _, size in self._pending.values())
+            stored = self._index.counters.chunk_bytes + pending + self._beside()
         if self.quota_bytes is not None and stored + size > self.quota_bytes:
             raise DiskFull(
                 f"{stored + size} bytes would be stored, --disk allows {self.quota_bytes}"

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Set
 from protocols.dag.header import Block
 from protocols.ids import BlockId, ChunkHash, ManifestId
 from storage import keys
+from storage.errors import DiskFull
+from storage.packs import Pack, length_of
 from storage.pins import Pin
 from storage.store import Store
 
@@ -47,10 +49,14 @@ def drop_body(store: Store, id: BlockId) -> int:
 def make_room(store: Store, needed: int, keep: Set[BlockId] = frozenset()) -> int:
     """Frees at least `needed` bytes if it can; how many bytes that were. 0 while somebody writes.
 
-    First what no block names; then bodies that nobody has pinned, which the network has as well:
-    those that are no head any more before those that are. Never the bodies of `keep`.
+    First packs that an earlier run left and what no block names; then bodies that nobody has
+    pinned, which the network has as well: those that are no head any more before those that are.
+    Never the bodies of `keep`.
     """
-    freed = collect(store)
+    freed = store.packs.drop_idle()
+    if freed >= needed:
+        return freed
+    freed += collect(store)
     if freed >= needed:
         return freed
     with store.no_ingest() as alone:
@@ -64,9 +70,22 @@ def make_room(store: Store, needed: int, keep: Set[BlockId] = frozenset()) -> in
             body = block.header.body
             own = [] if body is None else list(chunks_of(store, body))
             if own:
-                store.packs.drop(block.id)
                 freed += store.chunks.remove([name for name in own if name not in marked])
     return freed
+
+
+def pack(store: Store, id: BlockId, keep: Set[BlockId] = frozenset()) -> Pack:
+    """The tensors of a block, memory-mapped; makes room for the file if it has to.
+
+    Never of the bodies of `keep`. Raises `BlockMissing`, `Corrupt`, `DiskFull`.
+    """
+    try:
+        return store.pack(id)
+    except DiskFull:
+        size = length_of(store.body(id)[1])
+        if make_room(store, size, keep | {id}) == 0:
+            raise
+        return store.pack(id)
 
 
 def _unkept(store: Store, keep: Set[BlockId]) -> tuple[list[Block], set[ManifestId]]:

@@ -1,14 +1,16 @@
 """Pack files: the tensors of one block, contiguous, aligned and memory-mapped.
 
 A pack is a cache. It is made from verified chunks when a block is first loaded, checked against
-the manifest when another process opens it again, made anew if it does not fit, and may be deleted
-at any time. Where its tensors lie follows from the manifest, so the file has no header of its own.
+the manifest when another process opens it again, made anew if it does not fit, and deleted when the
+block is let go; a mapping that is in use stays valid. Where its tensors lie follows from the
+manifest, so the file has no header of its own. What is mapped is read only, so the memory that it
+takes is the file's, which the system can take back, and nothing of it is a copy.
 """
 
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,7 @@ SUFFIX = ".pack"
 
 @dataclass(frozen=True)
 class Pack:
-    """The tensors of a block by name: dtype, shape and raw little-endian bytes.
-
-    The views are of a private mapping: they can be written to, and the file does not change.
-    """
+    """The tensors of a block by name: dtype, shape and raw little-endian bytes, read only."""
 
     block: BlockId
     tensors: Mapping[str, tuple[Dtype, tuple[int, ...], memoryview]]
@@ -34,31 +33,49 @@ class Pack:
 
 
 class Packs:
-    """The pack files in one directory."""
+    """The pack files in one directory. `bytes` is how much they take on the disk.
 
-    def __init__(self, directory: Path) -> None:
+    `make_sure_of_room` is asked before a file of so many bytes is written; raises `DiskFull`.
+    """
+
+    def __init__(self, directory: Path, make_sure_of_room: Callable[[int], None]) -> None:
         self._directory = directory
+        self._make_sure_of_room = make_sure_of_room
         self._checked: set[BlockId] = set()
         self._making = threading.Lock()
         directory.mkdir(mode=0o700, exist_ok=True)
         for left_over in directory.glob("*.new"):
             left_over.unlink()
+        self._sizes = {
+            path.stem: path.stat().st_size for path in sorted(directory.glob(f"*{SUFFIX}"))
+        }
 
     def open(self, block: BlockId, manifest: Manifest, pieces: Iterator[bytes]) -> Pack:
-        """The pack of a block; `pieces` are its verified chunks and are read only if needed."""
+        """The pack of a block; `pieces` are its verified chunks and are read only if needed.
+
+        Raises `DiskFull` if it is to be written and there is no room.
+        """
         path = self._path(block)
         with self._making:
             if block not in self._checked or not path.exists():
                 if not _fits(path, manifest):
+                    self._delete(path.stem)
+                    self._make_room(length_of(manifest))
                     _write(path, manifest, pieces)
+                    self._sizes[path.stem] = length_of(manifest)
                 self._checked.add(block)
             return _map(path, block, manifest)  # before anybody can drop it
 
-    def drop(self, block: BlockId) -> None:
-        """Deletes the pack of a block; mappings that are in use stay valid."""
+    def drop(self, block: BlockId) -> int:
+        """Deletes the pack of a block, and returns its size; mappings in use stay valid."""
         with self._making:
             self._checked.discard(block)
-            self._path(block).unlink(missing_ok=True)
+            return self._delete(cid_text(block))
+
+    def drop_idle(self) -> int:
+        """Deletes what an earlier run left and nobody has opened since; how many bytes."""
+        with self._making:
+            return sum(self._delete(text) for text in self._idle())
 
     def faults(self, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         """Packs that do not fit the manifest of their block, by the block's text id."""
@@ -69,14 +86,30 @@ class Packs:
             elif not _fits(path, manifest):
                 yield path.stem, "the pack does not fit its manifest"
 
-    def delete(self, text: str) -> None:
-        """Deletes a pack by the text id of its block."""
-        (self._directory / f"{text}{SUFFIX}").unlink(missing_ok=True)
+    def delete(self, text: str) -> int:
+        """Deletes a pack by the text id of its block, and returns its size."""
+        with self._making:
+            return self._delete(text)
 
     @property
     def bytes(self) -> int:
         """How much the pack files take on the disk."""
-        return sum(path.stat().st_size for path in self._directory.glob(f"*{SUFFIX}"))
+        return sum(tuple(self._sizes.values()))
+
+    def _delete(self, text: str) -> int:
+        (self._directory / f"{text}{SUFFIX}").unlink(missing_ok=True)
+        return self._sizes.pop(text, 0)
+
+    def _idle(self) -> list[str]:
+        return sorted(self._sizes.keys() - {cid_text(block) for block in self._checked})
+
+    def _make_room(self, size: int) -> None:
+        try:
+            self._make_sure_of_room(size)
+        except DiskFull:
+            for text in self._idle():
+                self._delete(text)
+            self._make_sure_of_room(size)
 
     def _path(self, block: BlockId) -> Path:
         return self._directory / f"{cid_text(block)}{SUFFIX}"
@@ -90,7 +123,8 @@ def places(manifest: Manifest) -> Iterator[tuple[TensorEntry, int]]:
         at += -(-tensor.size // ALIGNMENT) * ALIGNMENT
 
 
-def _length(manifest: Manifest) -> int:
+def length_of(manifest: Manifest) -> int:
+    """Bytes of the pack of a body."""
     return max((at + -(-t.size // ALIGNMENT) * ALIGNMENT for t, at in places(manifest)), default=0)
 
 
@@ -98,7 +132,7 @@ def _fits(path: Path, manifest: Manifest) -> bool:
     """Whether the file is there and every chunk in it has its hash."""
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != _length(manifest):
+            if os.fstat(file.fileno()).st_size != length_of(manifest):
                 return False
             for tensor, at in places(manifest):
                 file.seek(at)
@@ -119,7 +153,7 @@ def _write(path: Path, manifest: Manifest, pieces: Iterator[bytes]) -> None:
                 file.seek(at)
                 for _ in tensor.chunks:
                     file.write(next(pieces))
-            file.truncate(_length(manifest))
+            file.truncate(length_of(manifest))
         new.rename(path)
     except OSError as error:
         if error.errno in FULL:
@@ -130,12 +164,12 @@ def _write(path: Path, manifest: Manifest, pieces: Iterator[bytes]) -> None:
 
 
 def _map(path: Path, block: BlockId, manifest: Manifest) -> Pack:
-    length = _length(manifest)
+    length = length_of(manifest)
     if length == 0:
-        whole = memoryview(bytearray())
+        whole = memoryview(b"")
     else:
         with path.open("rb") as file:
-            whole = memoryview(mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY))
+            whole = memoryview(mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ))
     tensors = {
         tensor.name: (tensor.dtype, tensor.shape, whole[at : at + tensor.size])
         for tensor, at in places(manifest)

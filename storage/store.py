@@ -48,12 +48,13 @@ CHUNK_CACHE_BYTES = 1 * limits.MIB
 
 @dataclass(frozen=True)
 class Stats:
-    """How much is here; `chunk_bytes` is what `--disk` bounds."""
+    """How much is here; `--disk` bounds `chunk_bytes` and `pack_bytes` together."""
 
     accepted: int
     staged: int
     chunks: int
     chunk_bytes: int
+    pack_bytes: int
 
 
 class Store(Blocks):
@@ -79,10 +80,11 @@ class Store(Blocks):
             chunks,
             quota_bytes=quota_bytes,
             free_bytes=free_bytes or (lambda: shutil.disk_usage(directory).free),
+            beside=lambda: self.packs.bytes,
         )
         self.chunks.adopt()
         self.pins = Pins(self.index)
-        self.packs = Packs(directory / PACKS_FOLDER)
+        self.packs = Packs(directory / PACKS_FOLDER, self.chunks.make_sure_of_room)
         self.reads: Counter[BlockId] = Counter()
         self._ingests = 0
         self._gate = threading.Condition()
@@ -110,8 +112,8 @@ class Store(Blocks):
 
     def stats(self) -> Stats:
         """Counts that cost nothing to ask for."""
-        counters = self.index.counters
-        return Stats(counters.log, counters.staged, counters.chunks, counters.chunk_bytes)
+        of = self.index.counters
+        return Stats(of.log, of.staged, of.chunks, of.chunk_bytes, self.packs.bytes)
 
     # Cursors into the logs of peers
 
@@ -211,7 +213,7 @@ class Store(Blocks):
             yield entry, self.read_tensor(block, entry)
 
     def pack(self, id: BlockId) -> Pack:
-        """The tensors of a block, memory-mapped. Raises `BlockMissing`, `Corrupt`."""
+        """The tensors of a block, memory-mapped. Raises `BlockMissing`, `Corrupt`, `DiskFull`."""
         block, manifest = self.body(id)
         self.reads[id] += 1
         pieces = (data for entry in manifest.tensors for data in self.read_tensor(block, entry))
@@ -251,7 +253,8 @@ class Store(Blocks):
 def open_store(data: Path, *, quota_bytes: int | None = None) -> Store:
     """Opens the store in the directory `data`, which is made if it is not there.
 
-    Raises `StoreInUse`, `UnknownSchema`, `Corrupt`, `DiskFull`. `quota_bytes` bounds chunk bytes.
+    Raises `StoreInUse`, `UnknownSchema`, `Corrupt`, `DiskFull`. `quota_bytes` bounds the bytes of
+    chunks and packs.
     """
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as resources:
