@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 
@@ -186,9 +186,19 @@ def _check(
             )
     for name in tensors:
         if name not in wanted:
-            refuse(f"the tensor {name[:80]!a} does not belong to this configuration")
+            _refuse_extra(name, len(config.layers))
     for tensor in (tensor for part in layout(config, form) for tensor in part.tensors):
         path, stored = tensors[tensor.source]
         if stored.dtype not in tensor.dtypes:
             read = " or ".join(tensor.dtypes)
             refuse(f"{path.name}: {tensor.source} is {stored.dtype}, this version reads {read}")
+
+
+def _refuse_extra(name: str, layers: int) -> NoReturn:
+    layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    if layer is not None and int(layer[1]) >= layers:
+        refuse(
+            f"the tensor {name[:80]!a} is of a layer behind the {layers} of config.json: layers"
+            " that predict several tokens at once are not read"
+        )
+    refuse(f"the tensor {name[:80]!a} does not belong to this configuration")

@@ -4,6 +4,7 @@
 in the forms that people find (fused or one by one, in shards, bfloat16), and answers once.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,30 @@ from safetensors.torch import load_file
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.daemons import Testnet
 from blyan_node.testing.directories import tensor_digests
+from blyan_node.testing.mxfp4 import dequantised, make_mxfp4_checkpoint
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.truth import greedy, logits_of
 
 PROMPT = [(31 * i * i + 17 * i + 5) % 89 + 2 for i in range(40)]  # over three windows long
 NEW = 8
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek-v3": (
+        "deepseek_v3",
+        {
+            "sharded": True, "hidden_size": 37, "n_shared_experts": 2,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "mscale": 0.6,
+                "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "deepseek-v3-fused": (
+        "deepseek_v3",
+        {
+            "fused": True, "dtype": "bfloat16", "first_k_dense_replace": 2, "q_lora_rank": None,
+            "norm_topk_prob": False, "rope_interleave": False, "kv_lora_rank": 19,
+        },
+    ),
     "mixtral-fused": ("mixtral", {"fused": True, "dtype": "bfloat16"}),
     "qwen3-moe": (
         "qwen3_moe",
@@ -43,27 +62,41 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=sorted(PUBLISHED))
-def directory(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """A name and the hot tiny checkpoint that is published under it."""
-    family, options = PUBLISHED[request.param]
-    return request.param, make_checkpoint(family, tmp_path / "source", **options)
+@dataclass(frozen=True)
+class Model:
+    """What is published under `name`, and the directory that `transformers` computes with."""
+
+    name: str
+    path: Path
+    plain: Path
 
 
-def test_published_spread_exact_and_exported(
-    swarm: Testnet, directory: tuple[str, Path], tmp_path: Path
-) -> None:
-    name, path = directory
+@pytest.fixture(params=[*sorted(PUBLISHED), "gpt-oss-mxfp4"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+    """A hot tiny checkpoint; of MXFP4 `transformers` itself makes bfloat16."""
+    path = tmp_path / "source"
+    if request.param in PUBLISHED:
+        family, options = PUBLISHED[request.param]
+        make_checkpoint(family, path, **options)
+        return Model(request.param, path, path)
+    make_mxfp4_checkpoint(path, sharded=True)
+    return Model(request.param, path, dequantised(path, tmp_path / "dequantised"))
+
+
+def test_published_spread_exact_and_exported(swarm: Testnet, model: Model, tmp_path: Path) -> None:
+    name, path = model.name, model.path
     alice, ids = swarm["alice"], ",".join(map(str, PROMPT))
     published = alice("model", "publish", path, "--name", name, "--wait-replicas", 1)
-    reference, truth = open_reference(path), logits_of(path, PROMPT)
+    reference, truth = open_reference(path), logits_of(model.plain, PROMPT)
 
     answer = alice(
         "generate", "--model", name, "--prompt-ids", ids, "--max-tokens", NEW,
         "--temperature", 0, "--ignore-eos",
     )  # fmt: skip
     assert answer["root"] == published["root"]
-    assert answer["token_ids"] == greedy(path, PROMPT, NEW) == reference.generate(PROMPT, NEW)
+    assert (
+        answer["token_ids"] == greedy(model.plain, PROMPT, NEW) == reference.generate(PROMPT, NEW)
+    )
     peers = {peer for expert in answer["trace"].values() for peer in expert["peers"]}
     assert peers and alice.peer_id not in peers
     assert alice("status")["held"] == {"experts": 0, "bytes": 0}
@@ -79,4 +112,7 @@ def test_published_spread_exact_and_exported(
 
     alice("model", "export", name, tmp_path / "out")
     assert tensor_digests(tmp_path / "out") == tensor_digests(path)
-    assert torch.equal(logits_of(tmp_path / "out", PROMPT), truth)
+    exported = tmp_path / "out"
+    if model.plain != path:
+        exported = dequantised(exported, tmp_path / "exported")
+    assert torch.equal(logits_of(exported, PROMPT), truth)

@@ -45,7 +45,7 @@ VARIANTS = {
             "intermediate_size": 29, "moe_intermediate_size": 13, "n_shared_experts": 2,
             "n_routed_experts": 9, "n_group": 3, "num_experts_per_tok": 4, "rope_interleave": False,
             "first_k_dense_replace": 2, "num_hidden_layers": 4, "norm_topk_prob": False,
-            "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+            "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.5,
         },
     ),
     "mixtral-fused": ("mixtral", {"seed": 7, "fused": True, "head_dim": 14}),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe import reference as plain
-from blyan_node.moe.config import LayerConfig, ModelConfig, MoeFeed
+from blyan_node.moe.config import LayerConfig, ModelConfig, MoeFeed, Routing
 from blyan_node.moe.numerics import attention_row
 from blyan_node.moe.reference import Reference
+from blyan_node.moe.routing import route_sigmoid
 from blyan_node.testing.reference import open_reference
 
 SHOWS = 5e-3  # five times what is promised at most
@@ -101,6 +102,22 @@ CONFIGURED: dict[str, dict[str, Config]] = {
         "alpha of silu": _activation(alpha=1.0),
         "no clamp": _activation(limit=1e6),
     },
+    "deepseek_v3": {
+        "no normalising": _routing(renormalise=False),
+        "scaling factor ignored": _routing(scaling=1.0),
+        "groups not masked": _routing(groups=1, groups_chosen=1),
+        "softmax instead of sigmoid": _routing(score="softmax"),
+        "no shared experts": _feed(lambda feed: dataclasses.replace(feed, shared_intermediate=0)),
+        "the other pairs rotated": _attention(interleaved=False),
+        "YaRN's factor left out": _rope(factor=None),
+        "YaRN's attention factor left out": _rope(attention_factor=1.0),
+        "YaRN's mscale_all_dim left out": _rope(score_factor=1.0),
+    },
+    "deepseek_v3-odd": {
+        "normalising": _routing(renormalise=True),
+        "the other pairs rotated": _attention(interleaved=True),
+        "the model's eps in the latents' norms": _attention(norm_eps=0.5),
+    },
     "qwen3_moe": {
         "no renormalising": _routing(renormalise=False),
         "window one longer": _by(+1),
@@ -154,6 +171,25 @@ def _unscaled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def _corrected_weights(
+    logits: Tensor, top_k: int, routing: Routing, correction: Tensor
+) -> tuple[Tensor, Tensor]:
+    experts, _ = route_sigmoid(logits, top_k, routing, correction)
+    weights = (torch.sigmoid(logits) + correction).gather(1, experts)
+    return experts, weights / weights.sum(-1, keepdim=True) * routing.scaling
+
+
+def _groups_by_their_best(
+    logits: Tensor, top_k: int, routing: Routing, correction: Tensor
+) -> tuple[Tensor, Tensor]:
+    best = (torch.sigmoid(logits) + correction).view(1, routing.groups, -1).amax(-1)
+    left_out = torch.ones(best.shape, dtype=torch.bool)
+    left_out.scatter_(1, best.topk(routing.groups_chosen).indices, False)
+    masked = left_out.repeat_interleave(logits.shape[1] // routing.groups, dim=1)
+    ungrouped = dataclasses.replace(routing, groups=1, groups_chosen=1)
+    return route_sigmoid(logits, top_k, ungrouped, correction.where(~masked, -9.0))
+
+
 @pytest.mark.parametrize(
     ("variant", "name", "mistake"),
     [
@@ -162,6 +198,10 @@ def _unscaled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ("mixtral", "rms_norm", _unscaled_norm),
         ("gpt_oss", "attention_row", _drop_sinks),
         ("gpt_oss", "rotate", _interleaved),
+        ("deepseek_v3", "route_sigmoid", _corrected_weights),
+        ("deepseek_v3", "route_sigmoid", _groups_by_their_best),
+        ("deepseek_v3", "rotate", lambda x, cos, sin: x),
+        ("deepseek_v3", "rms_norm", _unscaled_norm),
         ("qwen3_moe", "rotate", _interleaved),
         ("olmoe", "rotate", _interleaved),
     ],
@@ -180,7 +220,8 @@ def test_a_wrong_step_shows(
 
 
 @pytest.mark.parametrize(
-    "variant", ["mixtral", "mixtral-fused", "gpt_oss", "qwen3_moe", "qwen3_moe-odd", "olmoe"]
+    "variant",
+    ["mixtral", "mixtral-fused", "gpt_oss", "qwen3_moe", "qwen3_moe-odd", "olmoe", "deepseek_v3"],
 )
 def test_gate_and_up_swapped_shows(directories: dict[str, Path], error: Told, variant: str) -> None:
     model = open_reference(directories[variant])
@@ -209,6 +250,8 @@ def _swap(part: dict[str, Tensor]) -> None:
         ("gpt_oss", "bias"),
         ("gpt_oss", "sinks"),
         ("olmoe-odd", "_bias"),
+        ("deepseek_v3", "correction"),
+        ("deepseek_v3-odd", "_bias"),
     ],
 )
 def test_a_tensor_left_out_shows(
