@@ -7,8 +7,8 @@ by piece, so memory does not grow with the model. Pickles are never opened.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -67,7 +67,7 @@ class Checkpoint:
         tensors = _find_tensors(path)
         form = form_of_sources(config, tensors)
         _check(config, form, tensors)
-        subjects = tuple(layout(config, form))
+        subjects = tuple(_there(part, tensors) for part in layout(config, form))
         return cls(
             path, config, _small_files(path), subjects, tensors, {s.subject: s for s in subjects}
         )
@@ -173,8 +173,11 @@ def _read_index(path: Path) -> dict[str, str]:
 def _check(
     config: ModelConfig, form: Form, tensors: Mapping[str, tuple[Path, StoredTensor]]
 ) -> None:
-    wanted = sources(config, form)
+    wanted, every = sources(config, form), layout(config, form)
+    idle = {tensor.source for part in every for tensor in part.tensors if tensor.idle}
     for name, shape in wanted.items():
+        if name in idle and name not in tensors:
+            continue
         if name not in tensors:
             refuse(f"the tensor {name} is missing", tensor=name)
         path, stored = tensors[name]
@@ -187,11 +190,17 @@ def _check(
     for name in tensors:
         if name not in wanted:
             _refuse_extra(name, len(config.layers))
-    for tensor in (tensor for part in layout(config, form) for tensor in part.tensors):
+    for tensor in (tensor for part in every for tensor in _there(part, tensors).tensors):
         path, stored = tensors[tensor.source]
         if stored.dtype not in tensor.dtypes:
             read = " or ".join(tensor.dtypes)
             refuse(f"{path.name}: {tensor.source} is {stored.dtype}, this version reads {read}")
+
+
+def _there(part: SubjectLayout, names: Collection[str]) -> SubjectLayout:
+    """A part without the idle tensors that a directory does not have."""
+    there = (one for one in part.tensors if not one.idle or one.source in names)
+    return replace(part, tensors=tuple(there))
 
 
 def _refuse_extra(name: str, layers: int) -> NoReturn:

@@ -95,11 +95,13 @@ def _whole_tensors(config: ModelConfig, describe: Describe) -> list[_Whole]:
     for part in layout(config, form):
         described = describe(part.subject)
         for tensor in part.tensors:
+            if tensor.idle and tensor.name not in described:
+                continue
             dtype = _dtype(part.subject, tensor, described)
             if dtypes.setdefault(tensor.source, dtype) != dtype:
                 refuse(f"{part.subject} is {dtype}, others in {tensor.source} are not")
             parts.setdefault(tensor.source, []).append((part.subject, tensor.name))
-    return [_Whole(name, dtypes[name], shapes[name], tuple(parts[name])) for name in shapes]
+    return [_Whole(name, dtypes[name], shapes[name], tuple(parts[name])) for name in parts]
 
 
 def _dtype(subject: Subject, tensor: TensorLayout, described: Description) -> Dtype:

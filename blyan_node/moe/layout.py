@@ -37,7 +37,8 @@ class Local:
     """A tensor of a part: its role, its local name and shape.
 
     `transposed`: the file has [in, out], while the role is a matrix [out, in]. `dtypes` are those
-    in which it may be stored.
+    in which it may be stored. `idle`: nothing computes with it; a directory may be without it, and
+    what it has is kept.
     """
 
     role: str
@@ -45,6 +46,7 @@ class Local:
     shape: tuple[int, ...]
     transposed: bool = False
     dtypes: tuple[Dtype, ...] = FLOATS
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class TensorLayout:
     role: str = ""
     transposed: bool = False
     dtypes: tuple[Dtype, ...] = FLOATS
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def part(
                 one.role,
                 one.transposed,
                 one.dtypes,
+                one.idle,
             )
             for one in tensors
         ),
@@ -159,6 +163,7 @@ def _latent(a: LatentAttention, hidden: int) -> list[Local]:
         Local("kv_a_norm", "self_attn.kv_a_layernorm.weight", (a.kv_rank,)),
         Local("kv_b", "self_attn.kv_b_proj.weight", (kv, a.kv_rank)),
         *_projection("o", "o_proj", hidden, a.heads * a.value_dim, a.bias),
+        Local("", "self_attn.rotary_emb.inv_freq", (a.rope_dim // 2,), idle=True),
     ]
 
 

@@ -34,6 +34,8 @@ def load_part(part: SubjectLayout, tensors: Weights) -> dict[str, Tensor]:
     """A subject's tensors by local name; raises `Refused` (BAD_MODEL) by name."""
     loaded = {}
     for tensor in part.tensors:
+        if tensor.idle and tensor.name not in tensors:
+            continue
         if tensor.name not in tensors:
             refuse(f"{part.subject} has no tensor {tensor.name}", subject=part.subject)
         dtype, shape, data = tensors[tensor.name]
@@ -57,6 +59,7 @@ def by_role(part: SubjectLayout, loaded: Mapping[str, Tensor]) -> dict[str, Tens
     return {
         tensor.role: loaded[tensor.name].t() if tensor.transposed else loaded[tensor.name]
         for tensor in part.tensors
+        if not tensor.idle
     }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.export import write_checkpoint
 from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.reference import open_reference
 from blyan_node.testing.truth import logits_of
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
@@ -101,6 +102,23 @@ def test_an_export_is_byte_equal_and_loads(
     assert Checkpoint.open(out).size == source.size
     if shard_bytes == 50_000:
         assert torch.equal(logits_of(out, PROMPT), logits_of(directory, PROMPT))
+
+
+def test_what_nothing_computes_with_is_kept(directories: dict[str, Path], tmp_path: Path) -> None:
+    """Older directories of DeepSeek-V3's family have the frequencies of their rotation."""
+    path, out = tmp_path / "old", tmp_path / "out"
+    shutil.copytree(directories["deepseek_v3"], path)
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    more = {name.format(layer): torch.full((4,), layer + 0.5) for layer in range(2)}
+    save_file(_tensors(path) | more, path / "model.safetensors", {"format": "pt"})
+    source = Checkpoint.open(path)
+    write_checkpoint(out, source.config, source.files, source.describe, source.read_tensor)
+    expected, got = _tensors(path), _tensors(out)
+    assert expected.keys() == got.keys() and more.keys() < got.keys()
+    assert all(torch.equal(got[one], tensor) for one, tensor in expected.items())
+    assert torch.equal(logits_of(out, PROMPT), logits_of(directories["deepseek_v3"], PROMPT))
+    ours = (open_reference(one).forward(PROMPT)[0] for one in (out, directories["deepseek_v3"]))
+    assert torch.equal(next(ours), next(ours))
 
 
 def test_an_export_refuses_what_does_not_fit(directories: dict[str, Path], tmp_path: Path) -> None:

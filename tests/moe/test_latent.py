@@ -73,7 +73,7 @@ class Layer:
         tensors = {
             one.role: state.pop(one.name.removeprefix("self_attn."))
             for one in attention_part(config, 0).tensors
-            if one.name.startswith("self_attn.")
+            if one.name.startswith("self_attn.") and not one.idle
         }
         assert not state
         return Latent(attention, tensors, RopeTable(config.rope, attention.rope_dim))
