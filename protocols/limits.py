@@ -155,6 +155,7 @@ links_max = 1_024
 busy_backoff_s = 0.02
 busy_s_max = 10.0
 holder_wait_s_max = 5.0
+room_wait_s_max = 5.0  # for experts that are computed with, and can be let go afterwards
 holder_retry_s = 0.5
 generations_max = 64
 

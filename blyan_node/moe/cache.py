@@ -12,11 +12,13 @@ _FIRST_POSITIONS = 256
 class KVCache:
     """By layer what its attention keeps (`cached`): buffers [heads, positions, dim].
 
-    They double when they are full. Each layer has its own length, so a pass that was cut off in the
+    They have room for `positions` from the beginning (memory is taken as it is written to), and
+    double when they are full. Each layer has its own length, so a pass that was cut off in the
     middle can be undone with `truncate` and done again.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, positions: int = _FIRST_POSITIONS) -> None:
+        self._positions = positions
         self._sizes = [layer.attention.cached for layer in config.layers]
         self._buffers: list[tuple[Tensor, ...] | None] = [None] * len(config.layers)
         self._lengths = [0] * len(config.layers)
@@ -62,7 +64,7 @@ class KVCache:
         room = 0 if buffers is None else buffers[0].shape[1]
         if buffers is not None and positions <= room:
             return buffers
-        room = max(_FIRST_POSITIONS, room)
+        room = max(self._positions, room)
         while room < positions:
             room *= 2
         grown = tuple(_empty(heads, dim, room) for heads, dim in self._sizes[layer])
@@ -74,5 +76,15 @@ class KVCache:
         return grown
 
 
+def bytes_of(config: ModelConfig, positions: int) -> int:
+    """The memory of a cache with room for `positions`."""
+    sizes = (size for layer in config.layers for size in layer.attention.cached)
+    return sum(4 * heads * _stride(dim) for heads, dim in sizes) * positions
+
+
 def _empty(heads: int, dim: int, positions: int) -> Tensor:
-    return torch.zeros(heads, positions, -(-dim // ALIGNED_FLOATS) * ALIGNED_FLOATS)
+    return torch.empty(heads, positions, _stride(dim))
+
+
+def _stride(dim: int) -> int:
+    return -(-dim // ALIGNED_FLOATS) * ALIGNED_FLOATS

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blyan_node.moe import numerics
 from blyan_node.moe.attention import Grouped
-from blyan_node.moe.cache import KVCache
+from blyan_node.moe.cache import KVCache, bytes_of
 from blyan_node.moe.config import (
     DenseFeed,
     Feed,
@@ -102,9 +102,13 @@ class Trunk:
             attention["input_norm"], attention["output_norm"], loaded.apply, feed, router, network
         )
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one session."""
-        return KVCache(self.config)
+    def new_cache(self, positions: int | None = None) -> KVCache:
+        """An empty cache for one session, with room for so many positions."""
+        return KVCache(self.config) if positions is None else KVCache(self.config, positions)
+
+    def cache_bytes(self, positions: int) -> int:
+        """The memory of such a cache."""
+        return bytes_of(self.config, positions)
 
     @staticmethod
     def prefill_cuts(start: int, count: int) -> list[tuple[int, int]]:

@@ -104,8 +104,9 @@ class Generation:
             stops = frozenset() if request.ignore_eos else answer.description.stop_ids
             writer = Writer(text, answer.account, emit, stops, request.max_tokens)
             decode = partial(self._decode, prompt, request, answer, writer)
-            on_begin()
-            finish = await _until(cancelled, decode)
+            async with answer.session.room(len(prompt) + request.max_tokens):
+                on_begin()
+                finish = await _until(cancelled, decode)
             return GenerateResult(
                 token_ids=writer.ids,
                 text=await writer.end(),
@@ -123,7 +124,8 @@ class Generation:
             seen: dict[int, list[Choices]] = {}
             answer.session.watch = lambda layer, chosen: seen.setdefault(layer, []).append(chosen)
             answer.account.prompt_tokens = len(request.prompt_ids)
-            logits = await answer.session.extend(request.prompt_ids, every=True)
+            async with answer.session.room(len(request.prompt_ids)):
+                logits = await answer.session.extend(request.prompt_ids, every=True)
             answer.account.first_at = trio.current_time()
             chosen = {layer: np.concatenate(pieces) for layer, pieces in seen.items()}
             await trio.to_thread.run_sync(_write_forward, Path(request.out), logits, chosen)

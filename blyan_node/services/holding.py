@@ -1,10 +1,11 @@
 """What this node holds: experts that are loaded, within the memory that its operator gives.
 
-Two sorts share the memory. *Kept* experts (by the operator's order or by placement) are
-advertised and serve others until they are dropped. *Passing* ones were loaded because a request
-here needed an expert that nobody holds; they are not advertised and leave, the longest unused
-first, when memory is needed. What is in use never leaves: a dropped expert stays until its last
-user is done.
+*Kept* experts (by the operator's order or by placement) are advertised and serve others until they
+are dropped. *Passing* ones were loaded because a request here needed an expert that nobody holds;
+they are not advertised and leave, the longest unused first, when memory is needed
+(`blyan_node.services.memory`); those of placement leave only for what requests of this node need.
+What is in use never leaves: a dropped expert stays until its last user is done. With an expert goes
+its pack file.
 """
 
 import logging
@@ -12,17 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from math import prod
 
 import trio
 
+from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.experts import Expert
 from blyan_node.services.changes import Changes
+from blyan_node.services.memory import Memory, Sort
 from blyan_node.services.models import Models
 from blyan_node.services.supply import Progress, Supply, silent
+from protocols import limits
 from protocols.errors import ErrorCode, Refused
 from protocols.experts.advert import HeldExpert
 from protocols.ids import BlockId, cid_text, expert_subject, parse_subject
+from storage.gc import pack
 from storage.pins import Pin
 from storage.store import Store
 
@@ -35,6 +39,10 @@ class Reason(Enum):
     ORDER = "order"  # the operator said so
     PLACEMENT = "placement"  # the swarm's plan
     PASSING = "passing"  # a request of this node needed it
+
+
+# What may be let go to load an expert.
+_WORTH = {Reason.ORDER: Sort.IDLE, Reason.PLACEMENT: Sort.PASSING, Reason.PASSING: Sort.PLACED}
 
 
 @dataclass
@@ -72,33 +80,23 @@ class NoRoom(Exception):
         )
 
 
-@dataclass
-class Memory:
-    """The budget in bytes: `experts` that are kept or passing, `trunks` of sessions."""
-
-    budget: int
-    experts: int = 0
-    trunks: int = 0
-
-    @property
-    def free(self) -> int:
-        """Bytes that nothing takes."""
-        return self.budget - self.experts - self.trunks
-
-
 class Holding:
-    """The loaded experts of this node, by block. `memory_bytes` bounds them and the trunks."""
+    """The loaded experts of this node, by block. `memory_bytes` bounds all that `memory` counts."""
 
     def __init__(self, store: Store, supply: Supply, models: Models, memory_bytes: int) -> None:
         self.changes = Changes()
         self.memory = Memory(memory_bytes)
+        self.memory.lender(Sort.PASSING, lambda size: self._let_go(size, Reason.PASSING))
+        self.memory.lender(Sort.PLACED, lambda size: self._let_go(size, Reason.PLACEMENT))
         self._store = store
         self._supply = supply
         self._models = models
         self._held: dict[BlockId, Held] = {}  # the longest unused first
         self._leaving: list[Held] = []
+        self._gone: dict[BlockId, Reason] = {}  # let go, and their packs and pins are still there
         self._sizes: dict[BlockId, int] = {}
         self._loading = trio.Lock()
+        self._released = Changes()  # somebody is done with an expert
         self._limiter = trio.CapacityLimiter(1)
 
     def advertised(self) -> list[HeldExpert]:
@@ -125,14 +123,14 @@ class Holding:
         return self._held.get(block)
 
     def size_of(self, block: BlockId) -> int:
-        """How many bytes holding `block` takes: its values as float32. 0 if it is not known."""
+        """How many bytes holding `block` takes: those that are stored. 0 if it is not known."""
         if block not in self._sizes:
             known = self._store.block(block)
             body = known and known.header.body
             manifest = self._store.manifest(body) if body else None
             if manifest is None:
                 return 0
-            self._sizes[block] = sum(4 * prod(tensor.shape) for tensor in manifest.tensors)
+            self._sizes[block] = manifest.size
         return self._sizes[block]
 
     async def keep(self, block: BlockId, reason: Reason, progress: Progress = silent) -> int:
@@ -149,12 +147,8 @@ class Holding:
 
     async def drop(self, block: BlockId) -> None:
         """Lets go of `block`; whoever computes with it finishes first. Raises `KeyError`."""
-        held = self._held[block]
-        self._remove(held)
-        await trio.to_thread.run_sync(
-            lambda: self._store.unpin(block, reason=Pin.HELD), limiter=self._limiter
-        )
-        self.changes.tell()
+        self._remove(self._held[block])
+        await self.clear()
 
     async def load(self, block: BlockId, progress: Progress = silent) -> int:
         """Loads `block` for a request of this node; the bytes that were fetched.
@@ -181,18 +175,34 @@ class Holding:
                 if held.leaving and not held.users:
                     self._leaving.remove(held)
                     self.memory.experts -= held.bytes
+            self._released.tell()
 
-    def make_room(self, size: int) -> bool:
-        """Lets passing experts go until `size` bytes are free; whether they are."""
+    async def clear(self) -> None:
+        """Takes the pins and deletes the pack files of what has been let go."""
+        gone = {block: why for block, why in self._gone.items() if block not in self._held}
+        self._gone.clear()
+
+        def clear() -> None:
+            for block, reason in gone.items():
+                if reason is not Reason.PASSING:
+                    self._store.unpin(block, reason=Pin.HELD)
+                self._store.packs.drop(block)
+
+        if gone:
+            await trio.to_thread.run_sync(clear, limiter=self._limiter)
+            self.changes.tell()
+
+    def _let_go(self, size: int, reason: Reason) -> None:
+        """Lets experts of `reason` that nobody uses go until `size` bytes are free."""
         for held in list(self._held.values()):
             if self.memory.free >= size:
                 break
-            if held.reason is Reason.PASSING and not held.users:
+            if held.reason is reason and not held.users:
                 self._remove(held)
-        return self.memory.free >= size
 
     def _remove(self, held: Held) -> None:
         del self._held[held.what.block]
+        self._gone[held.what.block] = held.reason
         if held.users:
             held.leaving = True
             self._leaving.append(held)
@@ -215,19 +225,38 @@ class Holding:
         if what.layer >= len(config.layers) or what.expert >= config.experts_of(what.layer):
             raise _not_an_expert(block)
         size = self.size_of(block)
-        if not self.make_room(size):
+        if not await self._room(size, reason):
             raise NoRoom(block, size, self.memory.free)
+        self.memory.experts += size
+        try:
+            expert = await self._read(block, what, config)
+        except BaseException:  # whatever it was, nothing is held
+            self.memory.experts -= size
+            raise
+        self.memory.copied += expert.copied
+        self._held[block] = Held(what, expert, config.hidden, size, reason)
+        log.info("loaded layer %d expert %d (%s)", what.layer, what.expert, reason.value)
+
+    async def _room(self, size: int, reason: Reason) -> bool:
+        """Makes room; waits a moment for what is computed with now, if that can be let go then."""
+        with trio.move_on_after(limits.room_wait_s_max):
+            while not self.memory.make_room(size, _WORTH[reason]):
+                used = sum(h.bytes for h in self._held.values() if h.users)
+                used += sum(h.bytes for h in self._leaving)
+                if reason is not Reason.PASSING or self.memory.free + used < size:
+                    return False
+                await self._released.wait()
+            return True
+        return False
+
+    async def _read(self, block: BlockId, what: HeldExpert, config: ModelConfig) -> Expert:
+        await self.clear()
 
         def read() -> Expert:
             subject = expert_subject(what.layer, what.expert)
-            return Expert(config, subject, self._store.pack(block).tensors)
+            return Expert(config, subject, pack(self._store, block).tensors)
 
-        expert = await trio.to_thread.run_sync(read, limiter=self._limiter)
-        if not self.make_room(expert.bytes):
-            raise NoRoom(block, expert.bytes, self.memory.free)
-        self.memory.experts += expert.bytes
-        self._held[block] = Held(what, expert, config.hidden, expert.bytes, reason)
-        log.info("loaded layer %d expert %d (%s)", what.layer, what.expert, reason.value)
+        return await trio.to_thread.run_sync(read, limiter=self._limiter)
 
     def _name(self, block: BlockId) -> HeldExpert:
         """Which expert of which model `block` is; raises `Refused` if it is none."""

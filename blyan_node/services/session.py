@@ -1,6 +1,7 @@
 """One request's passes through a model: trunk and KV cache here, experts wherever they are held."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -52,17 +53,25 @@ class Session:
     _length: int = 0
 
     def __post_init__(self) -> None:
-        self._cache = self.trunk.new_cache()
         self._blocks = {}
         for name, block in self.heads.items():
             subject = parse_subject(name)
             if subject.layer is not None and subject.expert is not None:
                 self._blocks.setdefault(subject.layer, {})[subject.expert] = block
 
+    @asynccontextmanager
+    async def room(self, positions: int) -> AsyncIterator[None]:
+        """Memory for a sequence of so many tokens. Raises `Refused` if this node has it not."""
+        holding = self.layers.holding
+        with holding.memory.cache(self.trunk.cache_bytes(positions)):
+            await holding.clear()
+            self._cache = self.trunk.new_cache(positions)
+            yield
+
     async def extend(self, ids: Sequence[int], *, every: bool = False) -> Rows:
         """Passes `ids` on; logits [1, vocab] after the last, or [n, vocab] after each of them.
 
-        Raises `Refused` for an expert that is not available.
+        Within `room`. Raises `Refused` for an expert that is not available.
         """
         logits: list[Rows] = []
         done = self._length

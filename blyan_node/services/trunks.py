@@ -1,7 +1,8 @@
 """Trunks that are loaded: everything of a model but its experts, shared by its sessions.
 
 A trunk is named by the blocks that it is made of, so that two roots that differ in an expert only
-share one. It stays while a session uses it, and a few stay afterwards.
+share one. It stays while a session uses it, and a few stay afterwards, for as long as nothing else
+needs the memory. With a trunk go its pack files.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -12,9 +13,12 @@ import trio
 
 from blyan_node.moe.trunk import Trunk
 from blyan_node.services.holding import Holding
+from blyan_node.services.memory import Sort
 from blyan_node.services.models import Description
 from blyan_node.services.supply import Progress, Supply
-from protocols.ids import BlockId, Subject, parse_subject
+from protocols.errors import ErrorCode, Refused
+from protocols.ids import BlockId, Subject, cid_text, parse_subject
+from storage.gc import pack
 from storage.store import Store
 
 idle_trunks_max = 2
@@ -40,6 +44,10 @@ class Trunks:
     _loaded: dict[frozenset[tuple[Subject, BlockId]], Loaded] = field(default_factory=dict)
     _loading: trio.Lock = field(default_factory=trio.Lock)
     _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    _gone: set[BlockId] = field(default_factory=set)  # let go, and their packs are still there
+
+    def __post_init__(self) -> None:
+        self.holding.memory.lender(Sort.IDLE, self._let_idle_go)
 
     @asynccontextmanager
     async def use(
@@ -60,21 +68,65 @@ class Trunks:
             yield loaded.trunk, fetched
         finally:
             loaded.users -= 1
-            self._let_go()
+            self._let_idle_go(0, idle_trunks_max)
+            with trio.CancelScope(shield=True):  # a few files are deleted
+                await self._clear()
 
     async def _load(self, description: Description, parts: Parts) -> Trunk:
+        memory, blocks = self.holding.memory, frozenset(parts.values())
         size = sum(self.holding.size_of(block) for block in parts.values())
-        if not self.holding.make_room(size):
-            self._let_go(0)
+        if not memory.make_room(size, Sort.PLACED):
+            raise self._no_room(description, size)
+        memory.trunks += size
 
         def read() -> Trunk:
-            return Trunk(description.config, lambda name: self.store.pack(parts[name]).tensors)
+            return Trunk(
+                description.config, lambda name: pack(self.store, parts[name], blocks).tensors
+            )
 
-        trunk = await trio.to_thread.run_sync(read, limiter=self._limiter)
-        self.holding.memory.trunks += trunk.bytes
+        try:
+            await self.holding.clear()
+            await self._clear()
+            trunk = await trio.to_thread.run_sync(read, limiter=self._limiter)
+        except BaseException:  # whatever it was, nothing is loaded
+            memory.trunks -= size
+            raise
+        memory.copied += trunk.copied
         return trunk
 
-    def _let_go(self, kept: int = idle_trunks_max) -> None:
+    def _no_room(self, description: Description, size: int) -> Refused:
+        memory = self.holding.memory
+        used = f"experts take {memory.experts}, trunks and requests {memory.trunks + memory.caches}"
+        ever = size <= memory.budget
+        return Refused(
+            ErrorCode.BUSY if ever and memory.caches else ErrorCode.NOT_ALLOWED,
+            f"the trunk of {description.name} does not fit into this node's memory",
+            f"it takes {size} bytes of {memory.budget} (--memory); {used}",
+            "Drop experts, or start the node with a larger --memory."
+            if ever
+            else f"Start the node with --memory {-(-size // 2**20) + 64}MiB or more.",
+            {"model": cid_text(description.model), "bytes": size, "memory": memory.budget},
+        )
+
+    def _let_idle_go(self, size: int, kept: int = 0) -> None:
+        """Lets idle trunks go until `size` bytes are free, or until `kept` are left."""
+        memory = self.holding.memory
         idle = [key for key, loaded in self._loaded.items() if not loaded.users]
         for key in idle[: max(0, len(idle) - kept)]:
-            self.holding.memory.trunks -= self._loaded.pop(key).trunk.bytes
+            if size and memory.free >= size:
+                break
+            memory.trunks -= self._loaded.pop(key).trunk.bytes
+            self._gone.update(block for _, block in key)
+
+    async def _clear(self) -> None:
+        """Deletes the pack files of trunks that were let go."""
+        used = {block for key in self._loaded for _, block in key}
+        gone = self._gone - used
+        self._gone.clear()
+
+        def clear() -> None:
+            for block in gone:
+                self.store.packs.drop(block)
+
+        if gone:
+            await trio.to_thread.run_sync(clear, limiter=self._limiter)

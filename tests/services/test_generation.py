@@ -268,16 +268,24 @@ async def test_an_expert_that_is_nowhere_is_named(
         assert told.alice.generation.running == 0
 
 
+def session_bytes(node: SwarmNode, model: BlockId, new_tokens: int) -> int:
+    """What a trunk of three layers takes, and the cache of one answer; too little for an expert."""
+    heads = node.store.heads(model).items()
+    trunk = sum(node.holding.size_of(block) for name, block in heads if "expert" not in name)
+    return trunk + LAYERS * 2 * 2 * 16 * 4 * (len(PROMPT) + new_tokens)
+
+
 @trio_test
 async def test_an_expert_that_does_not_fit_is_named(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("protocols.limits.holder_wait_s_max", 0.2)
     swarm = Swarm(tmp_path)
-    alice = swarm.node("alice", "main", memory=1000)
+    alice = swarm.node("alice", "main")
     async with swarm.started():
-        await alice.publish(mixtral, "tiny")
-        with pytest.raises(Refused, match="does not fit") as refused:
+        published = await alice.publish(mixtral, "tiny")
+        alice.holding.memory.budget = session_bytes(alice, published.model, 12)
+        with pytest.raises(Refused, match=r"the expert does not fit") as refused:
             await alice.generation.generate(ask(), nobody)
         assert refused.value.code is ErrorCode.EXPERT_UNAVAILABLE
 
@@ -296,7 +304,9 @@ async def test_memory_bounds_what_is_loaded_in_passing(
         assert result.token_ids == truth.generate(PROMPT, 4)
         memory = alice.holding.memory
         assert memory.experts == one * len(alice.holding.held())
-        assert memory.experts + memory.trunks <= memory.budget
+        assert memory.experts + memory.trunks <= memory.budget and memory.caches == 0
+        packs = sum(pack.stat().st_size for pack in (tmp_path / "alice" / "packs").iterdir())
+        assert alice.store.packs.bytes == packs < 1.1 * (memory.experts + memory.trunks)
 
 
 @trio_test
@@ -461,15 +471,16 @@ async def test_trunks_that_nobody_uses_leave_when_room_is_needed(
     monkeypatch.setattr(limits, "holder_wait_s_max", 0)
     async with story(mixtral, tmp_path, TWICE) as told:
         alice = told.alice
-        await alice.publish(gpt_oss, "other")
+        other = await alice.publish(gpt_oss, "other")
         await alice.generation.generate(ask(1), nobody)
         first = alice.holding.memory.trunks
-        alice.holding.memory.budget = first + 1
+        alice.holding.memory.budget = session_bytes(alice, other.model, 1)
         request = ask(1, model="other")
         with pytest.raises(Refused, match="not available"):  # nobody holds it, nor is there room
             await alice.generation.generate(request, nobody)
         [only] = alice.trunks._loaded.values()
         assert alice.holding.memory.trunks == only.trunk.bytes != first
+        assert alice.store.packs.bytes < 1.1 * only.trunk.bytes  # those of the first are gone
 
 
 @trio_test
@@ -582,9 +593,10 @@ async def test_a_holder_that_comes_in_time_is_waited_for(
     mixtral: Path, truth: Reference, tmp_path: Path
 ) -> None:
     swarm = Swarm(tmp_path)
-    alice, bob = swarm.node("alice", "main", memory=1000), swarm.node("bob")
+    alice, bob = swarm.node("alice", "main"), swarm.node("bob")
     async with swarm.started() as nursery:
         published = await alice.publish(mixtral, "tiny")
+        alice.holding.memory.budget = session_bytes(alice, published.model, 4)
         nursery.start_soon(bob.hold, published.model, ALL)
         result = await alice.generation.generate(ask(4), nobody)
         assert result.token_ids == truth.generate(PROMPT, 4)

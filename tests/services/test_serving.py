@@ -234,8 +234,9 @@ async def test_a_dropped_expert_stays_until_its_last_user_is_done(
 
 @trio_test
 async def test_passing_experts_make_room_and_those_in_use_do_not(
-    tiny: Path, tmp_path: Path
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("protocols.limits.room_wait_s_max", 0.1)
     async with pair(tiny, tmp_path) as p:
         holding = p.bob.holding
         size = holding.size_of(p.block(0, 0))

@@ -1,0 +1,230 @@
+"""`--memory` is kept: what is loaded is counted before, and nothing in use is let go."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from blyan_node.services.holding import NoRoom, Reason
+from blyan_node.services.memory import Memory, Sort, resident
+from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint
+from blyan_node.testing.swarm import Swarm, SwarmNode
+from blyan_node.testing.trio_tests import trio_test
+from protocols.errors import ErrorCode, Refused
+from protocols.ids import BlockId, Subject, cid_text
+from protocols.rpc.generate import GenerateRequest, Token
+from storage.pins import Pin
+
+PROMPT = list(range(2, 40))
+POSITION = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dimensions, bytes
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral") / "m"
+    return make_checkpoint("mixtral", path, num_hidden_layers=2, num_local_experts=4)
+
+
+class Told:
+    """Alice, who publishes and answers by herself."""
+
+    def __init__(self, alice: SwarmNode, model: BlockId) -> None:
+        self.alice, self.model = alice, model
+        self.heads = alice.store.heads(model)
+        self.memory = alice.holding.memory
+        self.trunk = sum(
+            alice.holding.size_of(block) for name, block in self.heads.items() if "exp" not in name
+        )
+        self.one = alice.holding.size_of(self.expert(0))
+
+    def expert(self, number: int) -> BlockId:
+        return self.heads[Subject(f"layer0.expert{number}")]
+
+    async def ask(self, count: int = 2) -> object:
+        request = GenerateRequest(
+            model="tiny", prompt_ids=PROMPT, max_tokens=count, ignore_eos=True
+        )
+        return await self.alice.generation.generate(request, nobody)
+
+
+@asynccontextmanager
+async def told(path: Path, tmp_path: Path) -> AsyncIterator[Told]:
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        published = await alice.publish(path, "tiny")
+        yield Told(alice, published.model)
+
+
+def nobody(token: Token) -> None:
+    """Somebody asked, and does not listen."""
+
+
+def packs(node: SwarmNode) -> set[str]:
+    """The blocks that have a pack file."""
+    return {path.stem for path in (node.swarm.directory / node.name / "packs").iterdir()}
+
+
+@trio_test
+async def test_a_trunk_that_can_never_fit_is_named_with_what_to_do(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        await t.alice.holding.keep(t.expert(0), Reason.PLACEMENT)
+        t.memory.budget = t.trunk - 1
+        with pytest.raises(Refused, match=r"the trunk of tiny does not fit .* --memory") as refused:
+            await t.ask()
+        assert refused.value.code is ErrorCode.NOT_ALLOWED
+        assert refused.value.data["bytes"] == t.trunk
+        assert t.alice.holding.keeps(t.expert(0))  # nothing is let go in vain
+        assert t.memory.trunks == 0 and packs(t.alice) == {cid_text(t.expert(0))}
+
+
+@trio_test
+async def test_what_is_ordered_stays_and_the_trunk_is_refused(tiny: Path, tmp_path: Path) -> None:
+    async with told(tiny, tmp_path) as t:
+        await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        t.memory.budget = t.trunk + t.one - 1
+        with pytest.raises(Refused, match=r"trunk of tiny does not fit .* Drop experts"):
+            await t.ask()
+        assert t.alice.holding.keeps(t.expert(0))
+
+
+@trio_test
+async def test_placed_experts_make_room_for_this_nodes_own_requests(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        for number in range(4):
+            await t.alice.holding.keep(t.expert(number), Reason.PLACEMENT)
+        cache = POSITION * (len(PROMPT) + 2)
+        t.memory.budget = t.trunk + cache + 2 * t.one
+        with t.alice.holding.use([t.expert(0)]):
+            await t.ask()
+            assert t.alice.holding.get(t.expert(0))  # it was in use, and the longest unused
+        assert t.memory.free >= 0 == t.memory.caches
+        gone = [n for n in range(4) if not t.alice.holding.keeps(t.expert(n))]
+        assert len(gone) >= 2
+        for number in gone:
+            assert Pin.HELD not in t.alice.store.pins.of(t.expert(number))
+        held = {cid_text(one.what.block) for one in t.alice.holding.held()}
+        trunk = {cid_text(block) for name, block in t.heads.items() if "exp" not in name}
+        assert packs(t.alice) == held | trunk
+
+
+@trio_test
+async def test_placement_does_not_push_out_what_answers(tiny: Path, tmp_path: Path) -> None:
+    async with told(tiny, tmp_path) as t:
+        await t.ask()
+        for held in t.alice.holding.held():
+            await t.alice.holding.drop(held.what.block)
+        t.memory.budget = t.trunk + t.one
+        await t.alice.holding.keep(t.expert(0), Reason.PLACEMENT)
+        with pytest.raises(NoRoom):  # the trunk is idle, and stays
+            await t.alice.holding.keep(t.expert(1), Reason.PLACEMENT)
+        assert t.memory.trunks == t.trunk
+        await t.alice.holding.keep(t.expert(2), Reason.ORDER)  # the operator's word is worth it
+        assert t.memory.trunks == 0
+
+
+@trio_test
+async def test_a_session_that_does_not_fit_is_refused(tiny: Path, tmp_path: Path) -> None:
+    async with told(tiny, tmp_path) as t:
+        t.memory.budget = t.trunk + POSITION * (len(PROMPT) + 2) + 8 * t.one
+        with pytest.raises(Refused, match=r"does not fit .* Ask for fewer tokens") as refused:
+            await t.ask(4000)
+        assert refused.value.code is ErrorCode.NOT_ALLOWED
+        assert refused.value.data["bytes"] == POSITION * (len(PROMPT) + 4000)
+        with t.memory.cache(6 * t.one), pytest.raises(Refused, match="other requests use") as busy:
+            await t.ask(200)
+        assert busy.value.code is ErrorCode.BUSY
+        await t.ask(200)
+        assert t.memory.caches == 0
+
+
+@trio_test
+async def test_the_budget_holds_while_experts_are_loaded_at_once(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        t.memory.budget = 2 * t.one + 5
+        refused: list[int] = []
+
+        async def load(number: int) -> None:
+            try:
+                await t.alice.holding.keep(t.expert(number), Reason.ORDER)
+            except NoRoom:
+                refused.append(number)
+            assert t.memory.free >= 0
+
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(load, number)
+        assert len(refused) == 2 and t.memory.experts == 2 * t.one
+
+
+@trio_test
+async def test_what_is_dropped_leaves_no_pack_and_nothing_was_copied(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        assert packs(t.alice) == {cid_text(t.expert(0))}
+        with t.alice.holding.use([t.expert(0)]) as held:
+            assert held is not None
+            await t.alice.holding.drop(t.expert(0))
+            assert packs(t.alice) == set() and t.alice.store.packs.bytes == 0
+            assert held[0].expert.bytes == t.one == t.memory.experts
+        assert t.memory.experts == 0
+        await t.ask()
+        assert t.memory.copied == 0
+
+
+@trio_test
+async def test_mxfp4_experts_take_what_they_take_on_the_disk(tmp_path: Path) -> None:
+    path = make_mxfp4_checkpoint(tmp_path / "m", num_hidden_layers=2)
+    async with told(path, tmp_path) as t:
+        await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        assert t.memory.experts == 3 * 64 * 96 * 17 // 32 + 2 * (2 * 96 + 64)
+        assert t.memory.copied == 0
+
+
+@trio_test
+async def test_what_is_computed_with_is_waited_for(tiny: Path, tmp_path: Path) -> None:
+    async with told(tiny, tmp_path) as t:
+        t.memory.budget = t.one
+        await t.alice.holding.load(t.expert(0))
+        async with trio.open_nursery() as nursery:
+            with t.alice.holding.use([t.expert(0)]):
+                nursery.start_soon(t.alice.holding.load, t.expert(1))
+                await trio.testing.wait_all_tasks_blocked()
+                assert t.alice.holding.get(t.expert(0))
+        assert t.alice.holding.get(t.expert(1)) and not t.alice.holding.get(t.expert(0))
+
+
+def test_sorts_are_asked_in_order_and_only_as_far_as_needed() -> None:
+    memory = Memory(100, experts=70, trunks=30)
+    asked: list[Sort] = []
+
+    def lender(sort: Sort, lends: int) -> None:
+        def lend(size: int) -> None:
+            asked.append(sort)
+            memory.experts -= lends
+
+        memory.lender(sort, lend)
+
+    lender(Sort.PLACED, 40)
+    lender(Sort.PASSING, 10)
+    lender(Sort.IDLE, 10)
+    assert memory.make_room(5, Sort.PLACED) and asked == [Sort.PASSING]
+    assert not memory.make_room(50, Sort.IDLE) and asked[1:] == [Sort.PASSING, Sort.IDLE]
+    assert not memory.make_room(101, Sort.PLACED) and len(asked) == 3
+
+
+def test_the_system_is_asked_for_what_is_resident() -> None:
+    found = resident()
+    assert found is None or (found.anonymous > 2**20 and found.file > 2**20)
