@@ -206,6 +206,14 @@ def expert_stats(document: dict[str, Any]) -> None:
         ),
         "no experts are held here",
     )  # fmt: skip
+    m = document["memory"]
+    click.echo(
+        f"memory: {size(m['experts'])} of experts, {size(m['trunks'])} of trunks and "
+        f"{size(m['caches'])} of caches in {size(m['budget'])}; {size(m['copied'])} copied, "
+        f"{size(m['packs'])} in pack files"
+    )
+    if m["file"] is not None:
+        click.echo(f"process: {size(m['anonymous'])} of its own, {size(m['file'])} of files")
 
 
 def stats(document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from blyan_node.rpc.node import held
 from blyan_node.services.holding import Reason
+from blyan_node.services.memory import resident
 from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, PeerId, Subject, cid_text, expert_subject, parse_subject
@@ -61,6 +62,22 @@ async def stats(
             )
             for h in sorted(kept, key=lambda h: h.what)
         ],
+        memory=_memory(app),
+    )
+
+
+def _memory(app: App) -> expert.MemoryStats:
+    memory, counted = app.holding.memory, resident()
+    return expert.MemoryStats(
+        budget=memory.budget,
+        experts=memory.experts,
+        trunks=memory.trunks,
+        caches=memory.caches,
+        free=memory.free,
+        copied=memory.copied,
+        packs=app.store.packs.bytes,
+        anonymous=None if counted is None else counted.anonymous,
+        file=None if counted is None else counted.file,
     )
 
 

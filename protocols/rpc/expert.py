@@ -82,6 +82,25 @@ class ExpertStats(Result, frozen=True):
     busy_s: float
 
 
+class MemoryStats(Result, frozen=True):
+    """Bytes: of `budget` (`--memory`) experts, trunks and the caches of running requests take some.
+
+    `copied` were copied by loading, since the node started; what is used in place is not. `packs`
+    is what the mapped files take on the disk. `anonymous` and `file` are the process's memory as
+    the system counts it: its own, and of mapped files; None where it does not say.
+    """
+
+    budget: Count
+    experts: Count
+    trunks: Count
+    caches: Count
+    free: Count
+    copied: Count
+    packs: Count
+    anonymous: Count | None
+    file: Count | None
+
+
 class ExpertStatsResult(Result, frozen=True):
     """The node's work for others: what waits, what was turned away, and each expert's share."""
 
@@ -89,3 +108,4 @@ class ExpertStatsResult(Result, frozen=True):
     requests: Count
     busy: Count
     experts: list[ExpertStats]
+    memory: MemoryStats

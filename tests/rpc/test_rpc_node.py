@@ -149,8 +149,13 @@ def test_an_expert_is_held_used_counted_and_dropped(alone: Ask) -> None:
     held = alone("expert.hold", subjects=[EXPERT])
     assert (held["subjects"], held["experts"]) == ([EXPERT], 1)
     assert alone("node.status")["held"] == {"experts": 1, "bytes": held["bytes"]}
-    (stats,) = alone("expert.stats")["experts"]
+    told = alone("expert.stats")
+    (stats,) = told["experts"]
     assert stats["subject"] == EXPERT
+    memory = told["memory"]
+    assert memory["experts"] >= stats["bytes"] and memory["copied"] == memory["caches"] == 0
+    used = memory["experts"] + memory["trunks"]
+    assert memory["free"] == memory["budget"] - used and memory["packs"] >= used
     after = alone("generate.run", model=MODEL, prompt_ids=[1, 2, 3], max_tokens=4)
     assert after["token_ids"] == before["token_ids"]
     _refused(ErrorCode.LAST_COPY, alone, "expert.drop", subjects=[EXPERT])
