@@ -41,8 +41,9 @@ class Packs:
     def __init__(self, directory: Path, make_sure_of_room: Callable[[int], None]) -> None:
         self._directory = directory
         self._make_sure_of_room = make_sure_of_room
-        self._checked: set[BlockId] = set()
-        self._making = threading.Lock()
+        self._opened: set[str] = set()  # by this process; what it wrote or found to fit
+        self._locks: dict[str, threading.Lock] = {}
+        self._counting = threading.Lock()
         directory.mkdir(mode=0o700, exist_ok=True)
         for left_over in directory.glob("*.new"):
             left_over.unlink()
@@ -55,27 +56,35 @@ class Packs:
 
         Raises `DiskFull` if it is to be written and there is no room.
         """
-        path = self._path(block)
-        with self._making:
-            if block not in self._checked or not path.exists():
+        text = cid_text(block)
+        path = self._path(text)
+        with self._lock(text):
+            if text not in self._opened or not path.exists():
                 if not _fits(path, manifest):
-                    self._delete(path.stem)
-                    self._make_room(length_of(manifest))
-                    _write(path, manifest, pieces)
-                    self._sizes[path.stem] = length_of(manifest)
-                self._checked.add(block)
+                    self._make(text, manifest, pieces)
+                self._opened.add(text)
             return _map(path, block, manifest)  # before anybody can drop it
 
     def drop(self, block: BlockId) -> int:
         """Deletes the pack of a block, and returns its size; mappings in use stay valid."""
-        with self._making:
-            self._checked.discard(block)
-            return self._delete(cid_text(block))
+        return self.delete(cid_text(block))
+
+    def delete(self, text: str) -> int:
+        """The same by the text id of the block."""
+        with self._lock(text):
+            return self._delete(text)
 
     def drop_idle(self) -> int:
         """Deletes what an earlier run left and nobody has opened since; how many bytes."""
-        with self._making:
-            return sum(self._delete(text) for text in self._idle())
+        freed = 0
+        for text in sorted(self._sizes.keys() - self._opened):
+            lock = self._lock(text)
+            if lock.acquire(blocking=False):  # else somebody is just opening it
+                try:
+                    freed += self._delete(text)
+                finally:
+                    lock.release()
+        return freed
 
     def faults(self, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         """Packs that do not fit the manifest of their block, by the block's text id."""
@@ -86,33 +95,43 @@ class Packs:
             elif not _fits(path, manifest):
                 yield path.stem, "the pack does not fit its manifest"
 
-    def delete(self, text: str) -> int:
-        """Deletes a pack by the text id of its block, and returns its size."""
-        with self._making:
-            return self._delete(text)
-
-    @property
-    def bytes(self) -> int:
-        """How much the pack files take on the disk."""
-        return sum(tuple(self._sizes.values()))
-
-    def _delete(self, text: str) -> int:
-        (self._directory / f"{text}{SUFFIX}").unlink(missing_ok=True)
-        return self._sizes.pop(text, 0)
-
-    def _idle(self) -> list[str]:
-        return sorted(self._sizes.keys() - {cid_text(block) for block in self._checked})
+    def _make(self, text: str, manifest: Manifest, pieces: Iterator[bytes]) -> None:
+        """Writes a pack; its size counts from before it is written."""
+        size = length_of(manifest)
+        self._delete(text)
+        with self._counting:
+            self._make_room(size)
+            self._sizes[text] = size
+        try:
+            _write(self._path(text), manifest, pieces)
+        except BaseException:  # whatever it was, there is no file
+            del self._sizes[text]
+            raise
 
     def _make_room(self, size: int) -> None:
         try:
             self._make_sure_of_room(size)
         except DiskFull:
-            for text in self._idle():
-                self._delete(text)
+            if not self.drop_idle():
+                raise
             self._make_sure_of_room(size)
 
-    def _path(self, block: BlockId) -> Path:
-        return self._directory / f"{cid_text(block)}{SUFFIX}"
+    def _delete(self, text: str) -> int:
+        self._path(text).unlink(missing_ok=True)
+        self._opened.discard(text)
+        return self._sizes.pop(text, 0)
+
+    def _lock(self, text: str) -> threading.Lock:
+        """Who opens, writes or deletes a pack holds its lock; others go on."""
+        return self._locks.setdefault(text, threading.Lock())
+
+    def _path(self, text: str) -> Path:
+        return self._directory / f"{text}{SUFFIX}"
+
+    @property
+    def bytes(self) -> int:
+        """How much the pack files take on the disk."""
+        return sum(tuple(self._sizes.values()))
 
 
 def places(manifest: Manifest) -> Iterator[tuple[TensorEntry, int]]:

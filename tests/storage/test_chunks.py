@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,33 @@ def test_room_for_a_pack_is_made_of_what_nobody_needs(make_store) -> None:
     assert again.stats().pack_bytes == CHUNK and again.has_chunk(chunk_hash(loose))
     assert pack(again, alice.id).bytes == CHUNK  # instead of what no block names
     assert again.stats().pack_bytes == 2 * CHUNK and not again.has_chunk(chunk_hash(loose))
+
+
+def test_packs_are_made_and_dropped_by_many_at_once(make_store) -> None:
+    store = make_store()
+    made = [expert(store, name, 3 * CHUNK + n) for n, name in enumerate(("alice", "bob", "carol"))]
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        pick = random.Random(seed)
+        for _ in range(60):
+            one = pick.choice(made)
+            if pick.random() < 0.4:
+                store.packs.drop(one.id)
+                continue
+            ((_, _, data),) = store.pack(one.id).tensors.values()
+            if bytes(data[:CHUNK]) != one.chunks[0][1]:
+                wrong.append(str(one.id))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    for one in made:
+        store.packs.drop(one.id)
+    assert store.packs.bytes == 0
 
 
 def test_the_memory_of_a_pack_is_the_files(tmp_path) -> None:
