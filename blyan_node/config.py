@@ -42,9 +42,9 @@ Hold = Literal["auto", "none"] | tuple[Subject, ...]
 class Config:
     """Everything that a node can be told.
 
-    `hold` names experts of whichever model has them; `memory_bytes` is what held experts may take,
-    `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes by
-    itself ("all", or peer ids).
+    `hold` names experts of whichever model has them; `memory_bytes` is what weights and caches may
+    take, `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes
+    by itself ("all", or peer ids).
     """
 
     home: Path

@@ -115,7 +115,7 @@ _EXPLAINED = (
         "Experts to hold: auto (the rarest that fit), none, or a list of experts such as",
         '["layer0.expert3", "layer0.expert4"]. A main node holds none if not told.',
     ),
-    ("memory", '"8GiB"', "Memory for held experts; if not set, half of what is free at start."),
+    ("memory", '"8GiB"', "Memory for weights and caches; half of what is free at start."),
     ("disk", '"50GiB"', "The most that the store may take; if not set, there is no bound."),
     ("threads", "4", "Threads that compute; if not set, as many as there are cores."),
     ("replicas", "2", "Live holders that every expert should have."),

@@ -21,6 +21,7 @@ MEASUREMENTS = {
     "idle": "idling",
     "decode-float32": "decoding",
     "decode-swarm": "swarm",
+    "widening": "widening",
 }
 
 

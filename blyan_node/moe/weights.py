@@ -47,7 +47,7 @@ def load_part(part: SubjectLayout, tensors: Weights) -> dict[str, Tensor]:
             )
         if len(data) != prod(shape) * DTYPE_BYTES[dtype]:
             refuse(f"{part.subject}: {tensor.name} has {len(data)} bytes", subject=part.subject)
-        loaded[tensor.name] = _in_place(dtype, tensor.shape, data)
+        loaded[tensor.name] = in_place(dtype, tensor.shape, data)
     for name in tensors:
         if name not in loaded:
             refuse(f"{part.subject}: {name[:80]!a} is none of its tensors", subject=part.subject)
@@ -89,7 +89,8 @@ def copied_bytes(loaded: Mapping[str, Tensor], tensors: Weights) -> int:
     )
 
 
-def _in_place(dtype: Dtype, shape: tuple[int, ...], data: memoryview) -> Tensor:
+def in_place(dtype: Dtype, shape: tuple[int, ...], data: memoryview) -> Tensor:
+    """A tensor of little-endian bytes, where they lie unless products need them elsewhere."""
     if not len(data):
         return torch.empty(shape, dtype=_TORCH[dtype])
     tensor = _bytes_of(data)

@@ -30,7 +30,7 @@ def init(role: str | None, network: str | None) -> None:
 @click.option("--announce", metavar="MA", multiple=True, help="An address to tell others.")
 @click.option("--bootstrap", metavar="MA", multiple=True, help="A node to find others through.")
 @click.option("--hold", metavar="auto|none|LIST", help="Which experts to hold.")
-@click.option("--memory", metavar="SIZE", help="Memory for held experts, such as 8GiB.")
+@click.option("--memory", metavar="SIZE", help="Memory for weights and caches, such as 8GiB.")
 @click.option("--disk", metavar="SIZE", help="The most that the store may take, such as 50GiB.")
 @click.option("--threads", metavar="N", type=int, help="Threads that compute.")
 @click.option("--replicas", metavar="N", type=int, help="Live holders for every expert.")

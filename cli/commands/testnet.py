@@ -19,7 +19,7 @@ def testnet() -> None:
 @click.option(
     "--roles", metavar="main,gpu,…", help="Their roles; one main and gpu nodes if not set."
 )
-@click.option("--memory", metavar="SIZE", help="Memory for held experts, each.")
+@click.option("--memory", metavar="SIZE", help="Memory for weights and caches, each.")
 @click.option("--hold", metavar="auto|none|LIST", help="Which experts the gpu nodes hold.")
 def up(folder: str, nodes: int, roles: str | None, memory: str | None, hold: str | None) -> None:
     """Start the daemons; returns when every node is connected to every other."""
