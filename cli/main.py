@@ -18,6 +18,7 @@ from cli.shared import (
     EXIT_REFUSED,
     EXIT_USAGE,
     Group,
+    no_node,
     tell,
 )
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
@@ -35,6 +36,7 @@ COMMANDS = {
     "model": ("model", "model"),
     "expert": ("expert", "expert"),
     "generate": ("generate", "generate"),
+    "chat": ("chat", "chat"),
     "forward": ("generate", "forward"),
     "chain": ("chain", "chain"),
     "block": ("chain", "block"),
@@ -97,8 +99,7 @@ def _outcome(arguments: list[str]) -> tuple[Refused | None, int]:
     except (click.Abort, KeyboardInterrupt):
         return Refused(ErrorCode.CANCELLED, "interrupted", ""), EXIT_INTERRUPTED
     except NoNode as error:
-        following = "start one with `blyan-node start`, or name its socket with --rpc"
-        return Refused(ErrorCode.NO_NODE, str(error), "", following), EXIT_NO_NODE
+        return no_node(error), EXIT_NO_NODE
     except Refused as refused:
         return refused, EXIT_REFUSED
     except RemoteProtocolError as error:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import click
 import msgspec
 
-from cli.client import Answer, Client
+from cli.client import Answer, Client, NoNode
 from protocols.errors import ErrorCode, Refused
 from protocols.rpc import telling
 from protocols.rpc.address import socket_path
@@ -199,6 +199,12 @@ def emit(document: Any, plain: Callable[[Any], None]) -> None:
         click.echo(json.dumps(document))
     else:
         plain(document)
+
+
+def no_node(error: NoNode) -> Refused:
+    """What to tell when there is no node to reach."""
+    following = "start one with `blyan-node start`, or name its socket with --rpc"
+    return Refused(ErrorCode.NO_NODE, str(error), "", following)
 
 
 def tell(refused: Refused, as_json: bool) -> None:

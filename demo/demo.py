@@ -116,7 +116,8 @@ def answer_through_a_loss(rpc: str, names: dict[str, str], net: Path) -> None:
 
 def ask(rpc: str, prompt: str, tokens: int, each: Callable[[int], None] | None = None) -> Json:
     """Streams one greedy answer to the terminal; returns the result with its trace."""
-    params = {"model": MODEL, "prompt": prompt, "chat": True, "max_tokens": tokens}
+    params: Json = {"model": MODEL, "prompt": prompt, "chat": True, "max_tokens": tokens}
+    params["temperature"] = 0
     request = {"jsonrpc": "2.0", "id": 1, "method": "generate.run", "params": params}
     count = 0
     with socket.socket(socket.AF_UNIX) as link:

@@ -183,6 +183,11 @@ rpc_line_s_max = 30
 prompt_tokens_max = 262_144
 prompt_bytes_max = 2 * MIB
 generate_tokens_max = 65_536
+chat_messages_max = 4_096
+stop_strings_max = 16
+stop_string_chars_max = 256
+temperature_max = 100
+repetition_penalty_max = 100
 
 # Configuration
 node_config_bytes_max = 64 * KIB

@@ -1,5 +1,9 @@
 """Chat templates: jinja in a sandbox, with the names that published templates use.
 
+These are the names of `transformers`: `messages`, `tools` and `documents` (none here),
+`add_generation_prompt`, the special tokens, `raise_exception`, `strftime_now`, `dict`, the filter
+`tojson`, loop controls, and the tag `generation`, which only marks what was answered.
+
 A template comes from whoever published the model. It sees the messages, the special tokens and a
 few pure functions; it cannot change what it is given or reach Python's objects. The lines that it
 executes and what it writes are counted, and the shortest ways to fill the memory are closed; what
@@ -8,13 +12,16 @@ remains is bounded by the process in which templates run (`blyan_node.moe.text_p
 
 import datetime
 import json
+import string
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from blyan_node.moe.strict_json import parse_json, refuse
@@ -33,12 +40,24 @@ class _Exhausted(Exception):
     """A template ran for longer than it may."""
 
 
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`: what is inside, as it is."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012  (as jinja declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements up to the end tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """One compiled template with the special tokens that it may name."""
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         """Compiles `source`; raises `Refused` (BAD_MODEL) if it is no template."""
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         for name in _WIDENING_FILTERS:
             del environment.filters[name]
         environment.filters["tojson"] = _tojson
@@ -52,7 +71,13 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt for the answer to `messages`; raises `Refused` (BAD_INPUT)."""
-        values = {**self._special, "messages": list(messages), "add_generation_prompt": True}
+        values = {
+            **self._special,
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         pieces, size = [], 0
         try:
             with _Budget(limits.template_lines_max):
@@ -117,8 +142,19 @@ class _Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _WIDENING and super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        """No formatting of strings: it widens too."""
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` of fields as they are: what a field may ask for widens too."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None or value.__name__ != "format":
+            return None
+
+        def plain(*values: Any, **named: Any) -> str:
+            for _, _, form, conversion in string.Formatter().parse(value.__self__):
+                if form or conversion:
+                    raise jinja2.TemplateRuntimeError(f"the form {form!r} is not allowed")
+            return wrapped(*values, **named)
+
+        return plain
 
 
 def _repeated(left: Any, right: Any) -> float:
@@ -155,8 +191,18 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 def _tojson(
-    value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     if indent is not None and not 0 <= indent <= 16:
         raise jinja2.TemplateRuntimeError("indent")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

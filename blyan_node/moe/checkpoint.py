@@ -16,6 +16,7 @@ import numpy as np
 
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.families import form_of_sources, layout, parse_config, sources
+from blyan_node.moe.generation_config import check_generation
 from blyan_node.moe.layout import Form, SubjectLayout, TensorLayout
 from blyan_node.moe.safetensors_file import (
     StoredTensor,
@@ -64,13 +65,14 @@ class Checkpoint:
         if not path.is_dir():
             refuse(f"{path} is not a directory", path=str(path))
         config = parse_config(_read_small(path / "config.json"))
+        files = _small_files(path)
+        check_generation(files)
         tensors = _find_tensors(path)
         form = form_of_sources(config, tensors)
         _check(config, form, tensors)
         subjects = tuple(_there(part, tensors) for part in layout(config, form))
-        return cls(
-            path, config, _small_files(path), subjects, tensors, {s.subject: s for s in subjects}
-        )
+        by_name = {part.subject: part for part in subjects}
+        return cls(path, config, files, subjects, tensors, by_name)
 
     @property
     def size(self) -> int:

@@ -77,6 +77,7 @@ class Reference:
         """At most `max_tokens` new tokens; a token of `stop` ends it and is included."""
         session, new = _Session(self), list[int]()
         sampler = sampler or Sampler()
+        sampler.see(ids)
         for token in ids:
             logits, _ = session.step(token)
         while len(new) < max_tokens:

@@ -1,4 +1,4 @@
-"""Between text and token ids: the tokenizer, the stop tokens, and text as it streams.
+"""Between text and token ids: the tokenizer, the chat template, and text as it streams.
 
 Everything comes from the files that travel with the model, which a stranger may have written:
 they are read under limits, and what is malformed is refused. What they may cost is bounded by
@@ -11,21 +11,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from blyan_node.moe.chat import chat_template
-from blyan_node.moe.strict_json import parse_json, refuse, token_ids
+from blyan_node.moe.strict_json import refuse
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
 
 _REPLACEMENT = "\ufffd"
-_HELD_TOKENS_MAX = 8  # a character has at most four bytes
-
-
-def stop_ids(files: Mapping[str, bytes]) -> frozenset[int]:
-    """The tokens that end an answer: of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        value = parse_json(files[name], name).get("eos_token_id") if name in files else None
-        if value is not None:
-            return frozenset(token_ids(value, f"{name}: eos_token_id"))
-    return frozenset()
+_HELD_TOKENS_MAX = 8  # that bring nothing whole: a character has at most four bytes
+_WINDOW_TOKENS_MAX = 64  # each of which may end inside a character
 
 
 class Text:
@@ -43,7 +35,8 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = chat_template(files)
-        self.stop_ids = stop_ids(files)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: id for id, token in added.items() if token.special}
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt, with what the tokenizer itself puts around it."""
@@ -84,13 +77,16 @@ class Windows:
 
     A token may end inside a character, and some tokenizers write a token differently at the start
     of a text. So a window of recent tokens is decoded before and after the new one, and what was
-    added is passed on once it does not end in an incomplete character. Bytes that are no text at
-    all are held for a few tokens and then passed on as U+FFFD. Who decodes is the caller's affair.
+    added is passed on up to an incomplete character. Bytes that are no text at all are held for a
+    few tokens and then passed on as U+FFFD. Special tokens have no text and are not to be added.
+    Who decodes is the caller's affair.
     """
 
     def __init__(self) -> None:
         self._ids: list[int] = []  # the window
         self._told = 0  # tokens of it whose text was passed on
+        self._shown = 0  # characters that were passed on of the tokens after these
+        self._waited = 0  # tokens that brought nothing whole
 
     def add(self, token: int) -> tuple[Sequence[int], Sequence[int]]:
         """Takes a token; what to decode: the window without what is new, and with it."""
@@ -101,11 +97,31 @@ class Windows:
         """The same without a new token."""
         return self._ids[: self._told], self._ids
 
+    @property
+    def holds(self) -> bool:
+        """Whether there are tokens whose text was not passed on."""
+        return len(self._ids) > self._told
+
     def take(self, before: str, after: str, *, last: bool = False) -> str:
         """The text to pass on, often a piece of a word; all that is held if no token follows."""
-        held = len(self._ids) - self._told < _HELD_TOKENS_MAX and not last
-        if held and (after.endswith(_REPLACEMENT) or not after.startswith(before)):
-            return ""
-        self._ids = self._ids[self._told :]
-        self._told = len(self._ids)
-        return after[len(before) :]
+        fresh = after[len(before) :]
+        whole = fresh.rstrip(_REPLACEMENT) if after.startswith(before) else ""
+        held = len(self._ids) - self._told
+        if self._waited + 1 >= _HELD_TOKENS_MAX or held >= _WINDOW_TOKENS_MAX:
+            last = True
+        if whole == fresh or last:
+            piece = fresh[self._shown :]
+            self._move(bool(fresh))
+            return piece
+        piece = whole[self._shown :]
+        self._shown = max(self._shown, len(whole))
+        self._waited = 0 if piece else self._waited + 1
+        return piece
+
+    def _move(self, said: bool) -> None:
+        """All was passed on; the tokens that said the last of it are what comes before the next."""
+        if said:
+            self._ids = self._ids[self._told :]
+        elif self._told:
+            del self._ids[self._told :]
+        self._told, self._shown, self._waited = len(self._ids), 0, 0

@@ -59,7 +59,9 @@ class Decode(msgspec.Struct, tag=True, frozen=True):
 
 
 class Opened(msgspec.Struct, tag=True, frozen=True):
-    """The files were read."""
+    """The files were read; the ids of the tokenizer's special tokens."""
+
+    special: dict[str, int]
 
 
 class Ids(msgspec.Struct, tag=True, frozen=True):
@@ -117,7 +119,8 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         signal.alarm(limits.text_s_max + _PATIENCE_S)  # kills us even inside of a library
         try:
             if isinstance(request, Open):
-                text, answer = Text(request.files), frame(Opened())
+                text = Text(request.files)
+                answer = frame(Opened(text.special))
             else:
                 assert text is not None, "the first request is `Open`"
                 answer = frame(_answer(text, request))

@@ -4,8 +4,7 @@ A request pins a root for as long as it runs, so an update that arrives meanwhil
 about it. Cancelling frees everything at once: what others still compute for it is dropped there.
 """
 
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +15,14 @@ import numpy as np
 import trio
 
 from blyan_node.moe.arrays import tensor_of, write_tensors
-from blyan_node.moe.sampling import Sampler
 from blyan_node.services.account import Account
 from blyan_node.services.compute import Rows
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Description, Models
+from blyan_node.services.prompts import Question, question
 from blyan_node.services.session import Choices, Session
 from blyan_node.services.supply import Progress, silent
-from blyan_node.services.texts import TextProcess, Texts
+from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
 from blyan_node.services.writer import Emit, Finish, Writer
 from protocols import limits
@@ -99,11 +98,11 @@ class Generation:
             self._open(request.model, request.root, progress) as answer,
             self._texts.use(answer.description) as text,
         ):
-            prompt = await _prompt(request, answer.description.name, text)
+            asked = await question(request, answer.description, text)
+            prompt = asked.prompt
             answer.account.prompt_tokens = len(prompt)
-            stops = frozenset() if request.ignore_eos else answer.description.stop_ids
-            writer = Writer(text, answer.account, emit, stops, request.max_tokens)
-            decode = partial(self._decode, prompt, request, answer, writer)
+            writer = Writer(asked.speech, answer.account, emit, asked.ends)
+            decode = partial(self._decode, asked, answer, writer)
             async with answer.session.room(len(prompt) + request.max_tokens):
                 on_begin()
                 finish = await _until(cancelled, decode)
@@ -111,7 +110,9 @@ class Generation:
                 token_ids=writer.ids,
                 text=await writer.end(),
                 root=root_text(answer.root),
+                reasoning=writer.reasoning,
                 finish=finish,
+                sampling=asked.used,
                 trace=answer.account.trace(),
                 stats=answer.account.stats(trio.current_time()),
             )
@@ -181,41 +182,16 @@ class Generation:
             )
         return model, root, found.heads
 
-    async def _decode(
-        self, prompt: Sequence[int], request: GenerateRequest, answer: _Answer, writer: Writer
-    ) -> Finish:
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        sampler = Sampler(request.temperature, request.top_p, seed)
-        ids = prompt
+    async def _decode(self, asked: Question, answer: _Answer, writer: Writer) -> Finish:
+        ids = asked.prompt
         while True:
             logits = await answer.session.extend(ids)
-            pick = partial(sampler.pick, tensor_of(logits[-1]))
+            pick = partial(asked.sampler.pick, tensor_of(logits[-1]))
             token = await trio.to_thread.run_sync(pick, limiter=self._compute)
             finish = await writer.put(token)
             if finish is not None:
                 return finish
             ids = [token]
-
-
-async def _prompt(request: GenerateRequest, model: str, text: TextProcess | None) -> Sequence[int]:
-    """The prompt as token ids, at least one. Raises `Refused` if it cannot be."""
-    if request.prompt_ids is not None:
-        return request.prompt_ids
-    assert request.prompt is not None
-    if text is None:
-        raise Refused(
-            ErrorCode.BAD_INPUT,
-            f"the model {model} takes token ids only",
-            "it was published without a tokenizer",
-            "Give --prompt-ids.",
-        )
-    if request.chat:
-        ids = await text.chat([{"role": "user", "content": request.prompt}])
-    else:
-        ids = await text.encode(request.prompt)
-    if not ids:
-        raise Refused(ErrorCode.BAD_INPUT, "the prompt is empty", "it has no token to go on from")
-    return ids
 
 
 async def _until(cancelled: trio.Event | None, decode: Callable[[], Awaitable[Finish]]) -> Finish:

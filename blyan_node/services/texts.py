@@ -56,6 +56,7 @@ class TextProcess:
 
     files: Mapping[str, bytes]
     users: int = 0
+    special: Mapping[str, int] = field(default_factory=dict)  # ids by token, once it has started
     _process: trio.Process | None = None
     _turn: trio.Lock = field(default_factory=trio.Lock)
 
@@ -106,7 +107,8 @@ class TextProcess:
                 COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
             try:
-                await self._exchange(self._process, Open(text_files(self.files)), Opened)
+                files = Open(text_files(self.files))
+                self.special = (await self._exchange(self._process, files, Opened)).special
             except Refused:
                 await self.close()
                 raise
@@ -140,15 +142,20 @@ class TextStream:
 
     def __init__(self, text: TextProcess) -> None:
         self._text = text
+        self._special = frozenset(text.special.values())
         self._windows = Windows()
 
     async def add(self, token: int) -> str:
         """The text that this token completes, often a piece of a word, sometimes nothing."""
+        if token in self._special:
+            return ""
         before, after = await self._text.decode(*self._windows.add(token))
         return self._windows.take(before, after)
 
     async def finish(self) -> str:
         """What is left when no token follows; incomplete characters become U+FFFD."""
+        if not self._windows.holds:
+            return ""
         before, after = await self._text.decode(*self._windows.now())
         return self._windows.take(before, after, last=True)
 

@@ -5,7 +5,9 @@ from typing import Any
 import click
 
 from cli import show
+from cli.answers import RUN, Printer, answer_options
 from cli.shared import (
+    EXIT_INTERRUPTED,
     Command,
     absolute,
     ask,
@@ -16,9 +18,6 @@ from cli.shared import (
     shared_of,
     summary,
 )
-from protocols.rpc.codec import Note
-
-RUN = "generate.run"
 
 
 class TokenIds(click.ParamType[list[int]]):
@@ -42,31 +41,18 @@ class TokenIds(click.ParamType[list[int]]):
 @model_option(RUN, required=True)
 @click.argument("prompt", required=False)
 @click.option("--prompt-ids", metavar="1,2,3", type=TokenIds(), help=describe(RUN, "prompt_ids"))
-@click.option("--max-tokens", metavar="K", type=int, help=describe(RUN, "max_tokens"))
-@click.option("--temperature", metavar="T", type=float, help=describe(RUN, "temperature"))
-@click.option("--top-p", metavar="P", type=float, help=describe(RUN, "top_p"))
-@click.option("--seed", metavar="S", type=int, help=describe(RUN, "seed"))
-@click.option("--root", metavar="R", help=describe(RUN, "root"))
+@answer_options
 @click.option("--chat", is_flag=True, help=describe(RUN, "chat"))
 @click.option("--ignore-eos", is_flag=True, help=describe(RUN, "ignore_eos"))
 @click.pass_context
 def generate(context: click.Context, /, **params: Any) -> int | None:
     """Answer a prompt, token by token. Ctrl-C ends it; what came so far is the answer."""
-    as_json = shared_of(context).json
-
-    def print_token(note: Note) -> None:
-        if note.method == "generate.token" and not as_json:
-            text = note.params["text"]
-            click.echo(f"{note.params['token_id']} " if text is None else text, nl=False)
-
-    answer = ask_gently(RUN, params, print_token)
-    emit(answer.result, _end)
-    return 130 if answer.interrupted else None
-
-
-def _end(result: dict[str, Any]) -> None:
-    click.echo()
-    show.stats(result)
+    printer = None if shared_of(context).json else Printer()
+    answer = ask_gently(RUN, params, None if printer is None else printer.take)
+    if printer is not None:
+        printer.end_line()
+    emit(answer.result, show.stats)
+    return EXIT_INTERRUPTED if answer.interrupted else None
 
 
 @click.command(cls=Command, help=summary("forward.run"))

@@ -9,41 +9,108 @@ from protocols.rpc.fields import Count, ModelName, PathText, Request, Result, Ro
 
 Prompt = Annotated[str, Meta(max_length=limits.prompt_bytes_max, description="The prompt as text")]
 PromptIds = Annotated[TokenIds, Meta(min_length=1, description="The prompt as token ids")]
+StopString = Annotated[str, Meta(min_length=1, max_length=limits.stop_string_chars_max)]
+
+
+class Message(Request, frozen=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Meta(max_length=limits.prompt_bytes_max)]
 
 
 class GenerateRequest(Request, frozen=True):
-    """One of `prompt` and `prompt_ids`; `chat` puts the prompt into the model's chat template."""
+    """One of `prompt`, `prompt_ids` and `messages`, which the model's chat template makes a prompt.
+
+    A sampling setting that is left out is the model's own: that of its generation_config.json if
+    its `do_sample` is true, else temperature 0. `sampling` of the result says what was used.
+    """
 
     model: ModelName
     prompt: Prompt | None = None
     prompt_ids: PromptIds | None = None
+    messages: (
+        Annotated[
+            list[Message],
+            Meta(
+                min_length=1,
+                max_length=limits.chat_messages_max,
+                description="A conversation to go on with",
+            ),
+        ]
+        | None
+    ) = None
     max_tokens: Annotated[
         int, Meta(ge=1, le=limits.generate_tokens_max, description="Tokens to make at most")
     ] = 128
-    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy")] = 0.0
-    top_p: Annotated[
-        float, Meta(gt=0, le=1, description="Sample from the likeliest tokens of this total share")
-    ] = 1.0
+    temperature: (
+        Annotated[float, Meta(ge=0, le=limits.temperature_max, description="0 is greedy")] | None
+    ) = None
+    top_k: (
+        Annotated[
+            int,
+            Meta(ge=0, le=limits.vocab_max, description="Sample from so many tokens, 0 from all"),
+        ]
+        | None
+    ) = None
+    top_p: (
+        Annotated[
+            float,
+            Meta(gt=0, le=1, description="Sample from the likeliest tokens of this total share"),
+        ]
+        | None
+    ) = None
+    min_p: (
+        Annotated[
+            float,
+            Meta(ge=0, le=1, description="Sample from tokens this likely beside the likeliest"),
+        ]
+        | None
+    ) = None
+    repetition_penalty: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=limits.repetition_penalty_max,
+                description="Make tokens that were there before less likely; 1 is without",
+            ),
+        ]
+        | None
+    ) = None
     seed: (
         Annotated[int, Meta(ge=0, le=2**63 - 1, description="The same seed gives the same tokens")]
         | None
     ) = None
+    stop: Annotated[
+        tuple[StopString, ...],
+        Meta(
+            max_length=limits.stop_strings_max,
+            description="Text that ends the answer, and is not part of it",
+        ),
+    ] = ()
     root: RootText | None = None
-    chat: Annotated[bool, Meta(description="Use the model's chat template")] = False
+    chat: Annotated[bool, Meta(description="Put the prompt into the model's chat template")] = False
     ignore_eos: Annotated[bool, Meta(description="Go on after the model's stop tokens")] = False
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompt_ids is None):
-            raise ValueError("exactly one of `prompt` and `prompt_ids` is needed")
-        if self.chat and self.prompt is None:
+        given = [one for one in (self.prompt, self.prompt_ids, self.messages) if one is not None]
+        if len(given) != 1:
+            raise ValueError("exactly one of `prompt`, `prompt_ids` and `messages` is needed")
+        if self.chat and self.prompt_ids is not None:
             raise ValueError("`chat` needs a `prompt` of text")
 
 
 class Token(Result, frozen=True):
-    """One token as it comes; `text` is what it adds, "" while a character is not whole."""
+    """One token as it comes; `text` is what it adds to the answer, null without a tokenizer.
+
+    `text` is "" while a character is not whole or a stop string may have begun. `reasoning` is what
+    it adds to that instead, in the same way.
+    """
 
     token_id: int
     text: str | None
+    reasoning: str | None = None
 
 
 class TraceEntry(Result, frozen=True):
@@ -72,15 +139,32 @@ class GenerateStats(Result, frozen=True):
     fetched_bytes: Count
 
 
+class SamplingUsed(Result, frozen=True):
+    """The settings of an answer; `seed` is null at temperature 0, where nothing is drawn."""
+
+    temperature: float
+    top_k: Count
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
 class GenerateResult(Result, frozen=True):
-    """`text` is None for a model without a tokenizer; `trace` goes by subject."""
+    """`text` is null for a model without a tokenizer; `trace` goes by subject.
+
+    `text` ends before the stop string that ended it, `token_ids` are all that were made.
+    `reasoning` is what a gpt_oss model said in other channels than the final one, null for others.
+    """
 
     token_ids: list[int]
     text: str | None
     root: str
     finish: Literal["length", "stop", "cancelled"]
+    sampling: SamplingUsed
     trace: Trace
     stats: GenerateStats
+    reasoning: str | None = None
 
 
 class ForwardRequest(Request, frozen=True):

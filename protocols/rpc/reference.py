@@ -64,7 +64,7 @@ def _anchor(name: str) -> str:
 
 def _method(method: Method, described: dict[str, Any], schemas: dict[str, Any]) -> str:
     lines = [f"### {method.name}\n", f"{method.summary}.\n"]
-    note = schemas[method.request.__name__].get("description", "")
+    note = _text(schemas[method.request.__name__])
     if note != "No parameters.":
         lines.append(f"{note}\n")
     if described["params"]:
@@ -89,7 +89,7 @@ def _parameter(param: dict[str, Any]) -> str:
     schema = param["schema"]
     about = [_text(schema)] if _text(schema) else []
     default = schema.get("default")
-    if not param["required"] and default is not None:
+    if not param["required"] and default not in (None, ()):
         about.append(f"default `{str(default).lower() if isinstance(default, bool) else default}`")
     need = "" if param["required"] else ", optional"
     return f"| `{param['name']}` | {_type(schema)}{need} | {'; '.join(about)} |"

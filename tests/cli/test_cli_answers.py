@@ -20,7 +20,13 @@ from cli.main import run
 from cli.shared import absolute
 from protocols.dag.genesis import Genesis
 from protocols.errors import ErrorCode, Refused
-from protocols.rpc.generate import GenerateResult, GenerateStats, Token, TraceEntry
+from protocols.rpc.generate import (
+    GenerateResult,
+    GenerateStats,
+    SamplingUsed,
+    Token,
+    TraceEntry,
+)
 from protocols.rpc.model import PublishResult, WaitResult
 from protocols.rpc.node import Held, StatusResult, Syncing
 from protocols.rpc.table import METHODS
@@ -56,12 +62,18 @@ STATS = GenerateStats(
 )
 
 
+SAMPLING = SamplingUsed(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None
+)
+
+
 def _answer(finish: str = "length") -> GenerateResult:
     return GenerateResult(
         token_ids=[5, 6],
         text="Hi there",
         root="ab" * 32,
         finish=finish,  # type: ignore[arg-type]
+        sampling=SAMPLING,
         trace={"layer0.expert1": TraceEntry(block="bafkrei", peers={"12D3bob": 2})},
         stats=STATS,
     )
@@ -194,7 +206,7 @@ def test_generate_streams_its_text(node: Any, command: Command) -> None:
     assert command("generate", "--model", "tiny", "Hello", "--json").json["token_ids"] == [5, 6]
     (_, request), _ = node.asked
     assert (request.prompt, request.max_tokens, request.seed) == ("Hello", 2, 1)
-    assert (request.temperature, request.top_p, request.chat) == (0.0, 1.0, False)
+    assert (request.temperature, request.top_p, request.chat) == (None, None, False)
 
 
 def test_ids_are_printed_where_there_is_no_text(node: Any, command: Command) -> None:
@@ -341,10 +353,10 @@ def test_sizes_are_for_people(count: int, text: str) -> None:
 
 
 def test_every_method_has_a_command_or_is_for_programs() -> None:
-    import cli.commands
+    import cli
 
-    folder = Path(cli.commands.__file__).parent
-    source = "\n".join(path.read_text() for path in folder.glob("*.py"))
+    folder = Path(cli.__file__).parent
+    source = "\n".join(path.read_text() for path in folder.rglob("*.py"))
     for_programs = {"rpc.discover", "rpc.cancel", "network.show"}
     for name in METHODS:
         assert f'"{name}"' in source or name in for_programs, name

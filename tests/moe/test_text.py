@@ -1,17 +1,15 @@
-"""Text: whole characters as they stream, templates that cannot do harm, files that are broken."""
+"""Text: templates that cannot do harm, files that are broken."""
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from blyan_node.moe.chat import ChatTemplate, chat_template
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.moe.text import Text, Windows, stop_ids
+from blyan_node.moe.generation_config import stop_ids
+from blyan_node.moe.text import Text
 from blyan_node.testing.checkpoints import make_checkpoint
 from protocols.errors import ErrorCode, Refused
 
@@ -27,43 +25,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def text(files: dict[str, bytes]) -> Text:
     return Text(files)
-
-
-def _streamed(text: Text, ids: list[int]) -> list[str]:
-    windows = Windows()
-
-    def said(parts: tuple[Sequence[int], Sequence[int]], *, last: bool = False) -> str:
-        before, after = map(text.decode, parts)
-        return windows.take(before, after, last=last)
-
-    return [*(said(windows.add(token)) for token in ids), said(windows.now(), last=True)]
-
-
-def test_a_character_is_never_cut(text: Text) -> None:
-    pieces = _streamed(text, text.encode("größe 日本 🎉!"))
-    assert "".join(pieces) == "größe 日本 🎉!"
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert {"ö", "日", "🎉"} <= set(pieces)
-
-
-@given(prompt=st.text())
-def test_any_text_comes_back(text: Text, prompt: str) -> None:
-    prompt = prompt.encode(errors="ignore").decode()
-    pieces = _streamed(text, text.encode(prompt))
-    assert "".join(pieces) == prompt
-    if "\ufffd" not in prompt:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-@given(ids=st.lists(st.integers(0, 260), max_size=60))
-def test_any_tokens_stream(text: Text, ids: list[int]) -> None:
-    pieces = _streamed(text, ids)
-    if "\ufffd" not in text.decode(ids):
-        assert "".join(pieces) == text.decode(ids)
-    held = 0
-    for piece in pieces:
-        held = 0 if piece else held + 1
-        assert held < 8 + sum(token < 3 for token in ids)
 
 
 def test_chat_is_the_template_and_nothing_more(text: Text) -> None:
@@ -106,6 +67,10 @@ def test_where_templates_are_found(files: dict[str, bytes]) -> None:
         ("{% for m in messages %}{% if m.role == 'x' %}{% break %}{% endif %}"
          "{{ m['content'].upper() }}{% endfor %}", "HI"),
         ("{{ '-' * 3 }}{{ 7 % 4 }}", "---3"),
+        ("{% generation %}{{ messages[0].role }}{% endgeneration %}!", "user!"),
+        ("{{ '<{}|{name}>'.format(1, name='x') }}", "<1|x>"),
+        ("{{ [1, 2] | tojson(separators=(',', ':')) }}", "[1,2]"),
+        ("{{ dict(a=1) | tojson }}{{ tools is none }}{{ documents is none }}", '{"a": 1}TrueTrue'),
     ],
 )  # fmt: skip
 def test_what_templates_use(source: str, expected: str) -> None:
@@ -120,7 +85,10 @@ def test_what_templates_use(source: str, expected: str) -> None:
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{{ range(10 ** 9) }}", "{{ 'a' * 10 ** 10 }}", "{{ 9 ** 99 ** 9 }}",
         "{{ 'x'.center(10 ** 9) }}", "{{ '%1000000000d' % 1 }}",
-        "{{ '{:>1000000000}'.format(1) }}", "{{ ''.__class__.__mro__ }}",
+        "{{ '{:>1000000000}'.format(1) }}", "{{ '{:{}}'.format(1, 10 ** 9) }}",
+        "{{ '{x}'.format_map({'x': 1}) }}",
+        "{{ ('%s' | attr('center'))(10 ** 9) }}", "{{ ('{:9}' | attr('format'))(1) }}",
+         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
         "{{ raise_exception('roles must alternate') }}", "{{ missing.attribute }}", "{{ 1 / 0 }}",
     ],

@@ -130,7 +130,17 @@ def test_a_wrong_parameter_is_named() -> None:
         (b'{"model":"tiny","prompt_ids":[1],"chat":true}', "needs a `prompt`"),
         (b'{"model":"tiny","prompt":"a","max_tokens":0}', "max_tokens"),
         (b'{"model":"tiny","prompt":"a","temperature":-1}', "temperature"),
-        (b'{"model":"tiny","prompt":"a","top_k":1}', "top_k"),
+        (b'{"model":"tiny","prompt":"a","top_q":1}', "top_q"),
+        (b'{"model":"tiny","prompt":"a","top_k":-1}', "top_k"),
+        (b'{"model":"tiny","prompt":"a","min_p":1.1}', "min_p"),
+        (b'{"model":"tiny","prompt":"a","repetition_penalty":0}', "repetition_penalty"),
+        (b'{"model":"tiny","prompt":"a","stop":[""]}', "stop"),
+        (b'{"model":"tiny","prompt":"a","stop":"x"}', "stop"),
+        (b'{"model":"tiny","prompt":"a","messages":[]}', "messages"),
+        (b'{"model":"tiny","messages":[]}', "messages"),
+        (b'{"model":"tiny","messages":[{"role":"user"}]}', "content"),
+        (b'{"model":"tiny","messages":[{"role":"god","content":"a"}]}', "role"),
+        (b'{"model":"tiny","messages":[{"role":"user","content":"a","name":"b"}]}', "name"),
         (b'{"prompt":"a"}', "model"),
     ],
 )
@@ -158,7 +168,7 @@ def test_an_error_object_says_what_why_and_what_next() -> None:
 
 def test_a_notification_carries_the_id_of_its_request() -> None:
     note = codec.parse_reply(codec.notification("generate.token", 9, Token(token_id=4, text="a")))
-    assert note == Note("generate.token", {"id": 9, "token_id": 4, "text": "a"})
+    assert note == Note("generate.token", {"id": 9, "token_id": 4, "text": "a", "reasoning": None})
 
 
 def test_a_code_of_a_newer_node_is_still_an_error() -> None:

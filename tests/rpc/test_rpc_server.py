@@ -227,7 +227,7 @@ async def test_a_stream_comes_before_its_answer_and_carries_its_id(tmp_path: Pat
     async with _serving(tmp_path) as (_, connect), connect() as peer:
         await peer.send(_request(7, "generate.run", {"model": "m", "prompt": "p", "max_tokens": 3}))
         for number in range(3):
-            params = {"id": 7, "token_id": number, "text": "t"}
+            params = {"id": 7, "token_id": number, "text": "t", "reasoning": None}
             message = await peer.receive()
             assert (message["method"], message["params"]) == ("generate.token", params)
         assert (await peer.receive())["result"] == {"sent": 3}
