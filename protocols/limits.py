@@ -35,6 +35,7 @@ model_file_bytes_max = 64 * MIB
 
 # Storage
 disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it has taken
+survey_sample_bytes = 64 * MIB  # of a model, to see how fast it would be stored
 ingest_batch_bytes = 8 * MIB
 ingest_batches_waiting_max = 2
 ingest_unsynced_bytes_max = 512 * MIB  # what is hashed again after a crash in a publish
