@@ -38,6 +38,7 @@ disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it ha
 ingest_batch_bytes = 8 * MIB
 ingest_batches_waiting_max = 2
 ingest_unsynced_bytes_max = 512 * MIB  # what is hashed again after a crash in a publish
+read_bytes_resident_max = 64 * MIB  # of bodies that are read whole, until their pages are let go
 
 # Model directories and configurations
 config_bytes_max = MIB
