@@ -207,10 +207,10 @@ class Store(Blocks):
                 why = f"chunk {index} has {len(data)} bytes, and its manifest says otherwise"
                 raise _corrupt_in(block, entry, why)
             yield data
-            self._count_read(len(data))
+            self.count_read(len(data))
 
-    def _count_read(self, size: int) -> None:
-        """Whole bodies are read once and for a copy: what LevelDB maps for that is not kept."""
+    def count_read(self, size: int) -> None:
+        """Counts what is read of whole bodies, which is read once: its pages are let go in time."""
         self._read_bytes += size
         if self._read_bytes >= limits.read_bytes_resident_max:
             self._read_bytes = 0
