@@ -39,6 +39,7 @@ survey_sample_bytes = 64 * MIB  # of a model, to see how fast it would be stored
 ingest_batch_bytes = 8 * MIB
 ingest_batches_waiting_max = 2
 ingest_unsynced_bytes_max = 512 * MIB  # what is hashed again after a crash in a publish
+read_bytes_resident_max = 64 * MIB  # of bodies that are read whole, until their pages are let go
 
 # Model directories and configurations
 config_bytes_max = MIB

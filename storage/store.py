@@ -33,6 +33,7 @@ from storage.errors import BlockMissing, Corrupt
 from storage.index import Index
 from storage.leveldb import LevelDBEngine
 from storage.lock import Lock
+from storage.mapped import let_pages_go
 from storage.packs import Pack, Packs
 from storage.pins import Pin, Pins
 from storage.tensors import Ingest
@@ -86,6 +87,8 @@ class Store(Blocks):
         self.pins = Pins(self.index)
         self.packs = Packs(directory / PACKS_FOLDER, self.chunks.make_sure_of_room)
         self.reads: Counter[BlockId] = Counter()
+        self._directory = directory
+        self._read_bytes = 0  # of bodies, since the pages of the last ones were let go
         self._ingests = 0
         self._gate = threading.Condition()
         self._resources = contextlib.ExitStack()
@@ -204,6 +207,14 @@ class Store(Blocks):
                 why = f"chunk {index} has {len(data)} bytes, and its manifest says otherwise"
                 raise _corrupt_in(block, entry, why)
             yield data
+            self.count_read(len(data))
+
+    def count_read(self, size: int) -> None:
+        """Counts what is read of whole bodies, which is read once: its pages are let go in time."""
+        self._read_bytes += size
+        if self._read_bytes >= limits.read_bytes_resident_max:
+            self._read_bytes = 0
+            let_pages_go(self._directory / CHUNKS_FOLDER)
 
     def read_body(self, id: BlockId) -> Iterator[tuple[TensorEntry, Iterator[bytes]]]:
         """The tensors of a block in order, each to be read before the next."""

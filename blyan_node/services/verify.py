@@ -102,5 +102,6 @@ class Verify:
             raise BlockMissing(id, block.header.subject, f"{len(missing)} chunks are not here")
         for name, size in manifest.chunks():
             self._store.get_chunk(name)
+            self._store.count_read(size)
             watched.add(size)
         return None if missing else manifest.size

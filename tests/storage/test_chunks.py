@@ -19,6 +19,7 @@ from storage import keys
 from storage.errors import BlockMissing, Corrupt, DiskFull
 from storage.fsck import check
 from storage.gc import collect, drop_body, make_room, pack
+from storage.mapped import let_pages_go
 from storage.packs import ALIGNMENT
 from storage.pins import Pin
 from storage.store import open_store
@@ -267,6 +268,21 @@ def test_the_memory_of_a_pack_is_the_files(tmp_path) -> None:
         assert after["RssAnon"] - before["RssAnon"] < size / 8
         views.clear()
         assert memory()["RssFile"] < before["RssFile"] + size / 8
+
+
+def test_reading_bodies_does_not_fill_the_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(limits, "read_bytes_resident_max", 4 * limits.MIB)
+    with open_store(tmp_path / "store") as store:
+        made = expert(store, "alice", 48 * limits.MIB)
+    with open_store(tmp_path / "store") as store:
+        if not let_pages_go(tmp_path):
+            pytest.skip("this system cannot take pages back on request")
+        before = memory()["RssFile"]
+        grown = []
+        for _, pieces in store.read_body(made.id):
+            for _ in pieces:
+                grown.append(memory()["RssFile"] - before)
+        assert len(grown) == 192 and max(grown) < 16 * limits.MIB
 
 
 def memory() -> dict[str, int]:

@@ -60,7 +60,9 @@ OPS = st.lists(
 
 
 @given(OPS, st.binary(max_size=2), st.none() | st.binary(max_size=3), st.booleans())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_both_engines_answer_the_same(tmp_path_factory, ops, prefix, start, reverse) -> None:
     twin = MemoryEngine()
     path: Path = tmp_path_factory.mktemp("twin")
