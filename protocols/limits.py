@@ -59,6 +59,7 @@ control_message_bytes_max = 64 * KIB
 in_flight_requests_max = 64
 incomplete_messages_max = 4
 channel_request_bytes_max = 32 * MIB
+channel_unsent_bytes_max = 8 * MIB  # of replies, beyond which no further request is taken up
 refusal_bytes_max = 16 * KIB
 write_bytes_max = 128 * KIB
 channel_open_s_max = 10
@@ -87,7 +88,7 @@ chunks_request_s_max = 20
 # Peers
 peers_max = 256
 peer_events_max = 1_024
-handlers_per_peer_max = 32
+handlers_per_peer_max = 32  # of one protocol
 hello_bytes_max = 128 * KIB
 hello_text_bytes_max = 128
 hello_addrs_max = 8

@@ -111,8 +111,10 @@ class Network:
     ) -> Any:
         """Asks `peer`."""
         known = peer in self._table or protocol == greeting.PROTOCOL
-        if not known or not self._swarm.get_connections(ID.from_base58(peer)):
+        if not known or not self.is_connected(peer):
             raise PeerGone(peer, "not connected")
+        if self._nursery is None:
+            raise PeerGone(peer, "this node stops")
         messages = self._exchange.messages(protocol)
         reply = await self._exchange.request(peer, protocol, messages, message, timeout_s)
         self._table.heard(peer, trio.current_time())
@@ -322,6 +324,8 @@ class Network:
             return True
         with trio.move_on_after(hello_s_max):
             while peer not in self._table:  # the reply to our hello may still be on its way
+                if not self.is_connected(peer):
+                    return False
                 await self._changed.wait()
             return True
         self.penalise(peer, RemoteProtocolError(protocol, "spoken before hello"))
@@ -331,6 +335,10 @@ class Network:
 
     def _all_connected(self) -> set[PeerId]:
         return {PeerId(str(peer)) for peer in self._swarm.get_connections_map()}
+
+    def is_connected(self, peer: PeerId) -> bool:
+        """Whether there is a connection, whatever has been said on it."""
+        return bool(self._swarm.get_connections(ID.from_base58(peer)))
 
     def _tell_change(self) -> None:
         self._changed.set()
