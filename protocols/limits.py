@@ -100,7 +100,11 @@ still_every_s = 5  # the dialler shows that it is there, and measures the round 
 silence_s_max = 16  # after which a connection counts as dead
 mesh_peers_max = 32  # up to here everybody dials everybody
 known_peers_max = 1_024
+hearsay_per_peer_max = 64  # peers known only because one peer told of them
+hearsay_dials_max = 4  # failed ones, after which such a peer is forgotten
 dials_at_once_max = 8
+hearsay_dials_at_once_max = 4
+hearsay_dials_per_teller_max = 2
 redial_s = 1  # doubles with each failure
 redial_s_max = 30
 known_peer_s_max = 3_600  # a peer that was out of reach for so long is forgotten
@@ -122,7 +126,8 @@ provide_every_s = 300
 provides_10_s_max = 8  # a py-libp2p node ignores more than 10
 providers_max = 20
 find_providers_s_max = 15
-dial_s_max = 15
+dial_s_max = 15  # for one address
+dial_peer_s_max = 30  # for all addresses of a peer
 gossip_message_bytes_max = 900 * KIB
 
 # Adverts
@@ -211,6 +216,8 @@ assert refusal_bytes_max < frame_bytes_max - KIB
 assert message_bytes_max <= channel_request_bytes_max
 assert silence_s_max > 3 * still_every_s
 assert write_stall_s_max < silence_s_max
-assert mesh_peers_max <= hello_peers_max
+assert mesh_peers_max <= hello_peers_max <= hearsay_per_peer_max
+assert hearsay_dials_per_teller_max < hearsay_dials_at_once_max < dials_at_once_max
+assert dial_s_max <= dial_peer_s_max
 assert unread_bytes_per_peer_max >= channel_request_bytes_max
 assert message_bytes_max <= stream_window_bytes <= unread_bytes_per_peer_max

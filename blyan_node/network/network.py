@@ -83,7 +83,9 @@ class Network:
         self._providers = Providers(self._host)
         self._dialer = Dialer(self._swarm, self._book, self._all_connected, self.admits)
         self._greeting = Greeting(self, config, hello_summary, self._table, self._book)
-        self._greeting.greeted = Greeted(self._passed, self._misfit, self._dialer.wake)
+        self._greeting.greeted = Greeted(
+            self.is_connected, self._passed, self._misfit, self._dialer.wake
+        )
         self._events = Fanout[PeerEvent]()
         self._changed = trio.Event()
         self._keeping: set[PeerId] = set()
@@ -287,6 +289,7 @@ class Network:
         try:
             await self._greeting.begin(peer)
         except PeerRefused as refused:
+            self._book.refused(peer, trio.current_time())
             if refused.refused.code is not ErrorCode.NOT_FOUND:
                 self._disconnect_soon(peer)
             return  # other software: it may stay for identify, ping, the DHT and pubsub

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from blyan_node.network import greeting
+from blyan_node.network.addressbook import Entry
 from blyan_node.network.errors import PeerGone
 from blyan_node.network.interface import PeerDown, PeerEvent, PeerUp
 from blyan_node.network.network import Network
@@ -146,7 +147,8 @@ async def test_a_silent_link_is_noticed_on_both_sides_and_comes_back() -> None:
                     await wait_for(events[node], PeerUp, other.peer_id)
             proxy.silent = True
             # as if the machines were apart: the one way to alice is the proxy, to bob there is none
-            bob._book._entries[alice.peer_id].addrs = [addr.rpartition("/p2p/")[0]]
+            link = addr.rpartition("/p2p/")[0]
+            bob._book._entries[alice.peer_id] = Entry(given=[link])
             alice._book._entries.clear()
             with trio.fail_after(30):
                 for node, other in both:
