@@ -87,6 +87,12 @@ chunks_request_s_max = 20
 
 # Peers
 peers_max = 256
+strangers_max = 64  # connected peers that have not said hello; the first goes
+connections_per_peer_max = 3  # two that dial each other at once have two
+handshakes_max = 128  # connections that have not proved who they are; the oldest goes
+forget_every_s = 30  # what libp2p heard of peers that are gone
+ping_every_s = 2  # on a connection on which nothing comes
+pings_unanswered_max = 3  # after which the connection counts as dead
 peer_events_max = 1_024
 handlers_per_peer_max = 32  # of one protocol
 hello_bytes_max = 128 * KIB
@@ -216,6 +222,8 @@ assert refusal_bytes_max < frame_bytes_max - KIB
 assert message_bytes_max <= channel_request_bytes_max
 assert silence_s_max > 3 * still_every_s
 assert write_stall_s_max < silence_s_max
+assert (pings_unanswered_max + 1) * ping_every_s < silence_s_max
+assert strangers_max < peers_max
 assert mesh_peers_max <= hello_peers_max <= hearsay_per_peer_max
 assert hearsay_dials_per_teller_max < hearsay_dials_at_once_max < dials_at_once_max
 assert dial_s_max <= dial_peer_s_max

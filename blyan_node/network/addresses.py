@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import time
 from collections.abc import Iterable, Sequence
 
 from multiaddr.utils import get_network_addrs
@@ -10,6 +11,7 @@ from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.ids import PeerId, key_of
 from protocols.limits import addr_bytes_max, hello_addrs_max
 
+_INTERFACES_EVERY_S = 10
 _NAMES = ("dns", "dns4", "dns6")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?"
 
@@ -77,6 +79,23 @@ def dialable(text: str) -> bool:
 def dialable_ones(addrs: Iterable[str]) -> list[str]:
     """The dialable ones of what a peer says, once each, at most `hello_addrs_max`."""
     return [addr for addr in dict.fromkeys(addrs) if dialable(addr)][:hello_addrs_max]
+
+
+class Announced:
+    """`announced` for the host, which asks often; the interfaces are looked at now and then."""
+
+    def __init__(self, announce: Sequence[str]) -> None:
+        self._announce = announce
+        self._known: tuple[Sequence[str], list[str]] = ((), [])
+        self._look_again = 0.0
+
+    def __call__(self, listening: Sequence[str]) -> list[str]:
+        """The addresses to tell others, given those that the sockets listen on."""
+        now = time.monotonic()  # asked for the first time before trio runs
+        if now >= self._look_again or self._known[0] != listening:
+            self._known = (listening, announced(listening, self._announce))
+            self._look_again = now + _INTERFACES_EVERY_S
+        return list(self._known[1])
 
 
 def announced(listening: Sequence[str], announce: Sequence[str]) -> list[str]:

@@ -130,7 +130,7 @@ async def test_garbage_in_our_channels_costs_score_and_in_the_end_the_connection
     async with swarm() as (alice, _), attacker(alice) as (host, victim):
         for _ in range(6):
             await throw(host, victim, "/blyan/hello/1", b"\xff" * 100)
-        assert not alice.admits(_peer_id(host))
+        assert not alice._members.admits(_peer_id(host))
         with trio.fail_after(5):
             while host.get_network().get_connections(victim):
                 await trio.sleep(0.05)

@@ -383,7 +383,7 @@ async def test_leaving_before_hello_costs_nothing() -> None:
     alice = node(1)
     async with running(alice):
         stranger = Identity.from_seed(bytes([9]) * 32).peer_id
-        assert not await alice._may_ask(stranger, ECHO)
+        assert not await alice._members.may_ask(stranger, ECHO)
         assert alice.counters.penalties == 0
 
 
