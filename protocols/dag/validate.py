@@ -16,7 +16,7 @@ from typing import Never
 
 from protocols import limits
 from protocols.dag.header import CHAIN_OF, HEADER_VERSION, Block, Header, Kind
-from protocols.errors import RemoteProtocolError
+from protocols.errors import NotYet, RemoteProtocolError
 from protocols.ids import NetworkId, Subject, is_cid, parse_subject
 
 COUNTER_MAX = 2**53 - 1  # what every JSON reader keeps exactly
@@ -71,7 +71,9 @@ def decode_blocks(
     for block in blocks:
         _check_signature(block)
     for block in blocks:
-        _check_kind(block.header, now_ms)
+        _check_kind(block.header)
+    for block in blocks:
+        _check_time(block.header, now_ms)
     return blocks
 
 
@@ -79,7 +81,8 @@ def validate_header(block: Block, *, network: NetworkId, now_ms: int) -> None:
     """The stages network to kind for a decoded block; raises `RemoteProtocolError`."""
     _check_network(block.header, network)
     _check_signature(block)
-    _check_kind(block.header, now_ms)
+    _check_kind(block.header)
+    _check_time(block.header, now_ms)
 
 
 def kind_of(subject: Subject) -> Kind:
@@ -119,8 +122,8 @@ def _check_signature(block: Block) -> None:
         refuse(Stage.SIGNATURE, "the signature is not the author's")
 
 
-def _check_kind(header: Header, now_ms: int) -> None:
-    _check_fields(header, now_ms)
+def _check_kind(header: Header) -> None:
+    _check_fields(header)
     _check_meta(header)
     if header.kind is Kind.MODEL:
         _check_model(header)
@@ -130,15 +133,29 @@ def _check_kind(header: Header, now_ms: int) -> None:
         _check_parameters(header)
 
 
-def _check_fields(header: Header, now_ms: int) -> None:
-    """Numbers in range, ids in form, parents sorted, time within the allowed drift."""
+def _check_time(header: Header, now_ms: int) -> None:
+    """Raises `NotYet` for a time that is in range by the clock of a peer which is ahead of ours.
+
+    A peer whose clock is off by no more than a block's may be passes such a block on honestly: only
+    beyond both together it is to blame. The last of all checks, so whoever is excused is right in
+    everything else.
+    """
+    ahead = header.time - now_ms
+    if ahead <= limits.clock_drift_ms_max:
+        return
+    where, why = f"block/{Stage.KIND}", f"its time is {ahead} ms in the future"
+    if ahead <= 2 * limits.clock_drift_ms_max:
+        raise NotYet(where, why)
+    raise RemoteProtocolError(where, why)
+
+
+def _check_fields(header: Header) -> None:
+    """Numbers in range, ids in form, parents sorted."""
     if CHAIN_OF[header.kind] is not header.chain:
         refuse(Stage.KIND, f"a {header.kind} block does not belong in chain {header.chain}")
     for name, value in (("seq", header.seq), ("time", header.time), ("size", header.size)):
         if not 0 <= value <= COUNTER_MAX:
             refuse(Stage.KIND, f"{name} is out of range")
-    if header.time > now_ms + limits.clock_drift_ms_max:
-        refuse(Stage.KIND, f"its time is {header.time - now_ms} ms in the future")
     parents = header.depends_on
     if len(parents) > limits.depends_on_max:
         refuse(Stage.KIND, f"{len(parents)} parents, at most {limits.depends_on_max}")

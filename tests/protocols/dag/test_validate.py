@@ -11,7 +11,7 @@ from protocols import limits, wire
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.dag.header import Block, Chain, Header, Kind
 from protocols.dag.validate import Stage, decode_block, decode_blocks, is_staged, kind_of, stage_of
-from protocols.errors import RemoteProtocolError
+from protocols.errors import NotYet, RemoteProtocolError
 from protocols.ids import BlockId, Subject, cid
 from protocols.signing import BLOCK_TAG
 from protocols.tensors.manifest import Manifest
@@ -161,6 +161,23 @@ def test_each_malformed_field(made: Any, changes: dict[str, Any], match: str) ->
 def test_time_may_be_ahead_by_the_drift_and_as_old_as_it_likes() -> None:
     check(altered(MODEL.block, time=LATER + limits.clock_drift_ms_max))
     check(altered(MODEL.block, time=0))
+
+
+def test_who_passes_on_what_is_early_by_our_clock_may_have_the_right_one() -> None:
+    drift = limits.clock_drift_ms_max
+    for early in (LATER + drift + 1, LATER + 2 * drift):
+        with pytest.raises(NotYet, match="in the future"):
+            check(altered(MODEL.block, time=early))
+    for bad in (
+        altered(MODEL.block, time=LATER + 2 * drift + 1),
+        altered(MODEL.block, time=LATER + drift + 1, body=None),  # early, and wrong besides
+    ):
+        with pytest.raises(RemoteProtocolError) as refused:
+            check(bad)
+        assert not isinstance(refused.value, NotYet)
+    page = [altered(MODEL.block, time=LATER + drift + 1), altered(MODEL.block, body=None)]
+    with pytest.raises(RemoteProtocolError, match="body is not"):
+        decode_blocks(page, network=NET, now_ms=LATER)
 
 
 RAW = msgspec.msgpack.decode(MODEL.block.raw)
