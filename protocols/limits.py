@@ -125,6 +125,10 @@ score_halflife_s = 300
 ban_s = 600
 gossip_burst_max = 1_000
 gossip_per_s_max = 100  # per peer that passes messages on
+gossip_bytes_per_token = 64 * KIB  # a message counts once for each that it begins
+gossip_controls_max = 64  # control messages of a kind in one RPC
+gossip_ids_max = 256  # messages named in one of them; what is beyond is left out
+gossip_answer_bytes_max = 4 * MIB  # of messages that a peer missed and asks for
 gossip_queue_max = 256
 gossip_remembered_max = 8_192
 gossip_remembered_s = 120
@@ -203,7 +207,8 @@ assert signed_header_bytes_max < control_message_bytes_max
 assert chunk_bytes + KIB < message_bytes_max
 assert frame_bytes_max < message_bytes_max
 assert manifest_bytes_max + 64 * KIB < message_bytes_max
-assert signed_header_bytes_max < gossip_message_bytes_max
+assert signed_header_bytes_max < gossip_message_bytes_max < gossip_answer_bytes_max
+assert gossip_message_bytes_max // gossip_bytes_per_token < gossip_burst_max
 assert release_subjects_max < staged_blocks_per_peer_max < staged_blocks_max
 assert advert_bytes_max < gossip_message_bytes_max
 assert sync_page_ids_max * 64 < message_bytes_max

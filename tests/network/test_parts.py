@@ -17,7 +17,7 @@ from blyan_node.network.addresses import (
     split_peer,
 )
 from blyan_node.network.fanout import Fanout
-from blyan_node.network.gossip import Pace, Recent
+from blyan_node.network.pace import Pace, Recent
 from blyan_node.network.peers import PeerTable, Scores
 from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import Refused, RemoteProtocolError
@@ -34,6 +34,7 @@ from protocols.ids import NetworkId, PeerId, cid
 from protocols.limits import (
     ban_s,
     gossip_burst_max,
+    gossip_bytes_per_token,
     gossip_per_s_max,
     hearsay_dials_max,
     hearsay_per_peer_max,
@@ -433,6 +434,8 @@ def test_pace() -> None:
     assert sum(pace.allows(BOB, 0.0) for _ in range(2 * gossip_burst_max)) == gossip_burst_max
     assert pace.allows(CAROL, 0.0)
     assert sum(pace.allows(BOB, 1.0) for _ in range(1000)) == gossip_per_s_max
+    large = gossip_bytes_per_token * 9
+    assert sum(pace.allows(BOB, 2.0, large) for _ in range(100)) == gossip_per_s_max // 10
 
 
 def test_recent() -> None:
