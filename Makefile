@@ -9,6 +9,8 @@
 
 BIN := .venv/bin
 NAMES ?=
+# Two files at a time: a test file often waits for daemons. One file's tests stay together.
+WORKERS := -n 2 --dist loadfile
 export PYTHON
 
 .DEFAULT_GOAL := help
@@ -30,10 +32,10 @@ lint: .venv/installed-dev
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 quick: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(WORKERS) -m "not slow"
 
 bench: .venv/installed-dev
 	@$(BIN)/blyan-node bench $(NAMES)

@@ -9,6 +9,7 @@ libp2p.
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RemoteProtocolError as error:
         bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
         return _tell(bad, arguments.json, EXIT_USAGE)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_REFUSED
     except OSError as error:
         return _tell(refusal_of_os(error), arguments.json, EXIT_REFUSED)
     except KeyboardInterrupt:

@@ -200,7 +200,12 @@ def experts(document: dict[str, Any]) -> None:
 def _holders(holders: list[dict[str, Any]]) -> str:
     if not holders:
         return "nobody"
-    return ", ".join(f"{h['peer_id']} ({_rtt(h) or 'here'}, {h['queue']} waiting)" for h in holders)
+    return ", ".join(f"{h['peer_id']} ({_far(h)}, {h['queue']} waiting)" for h in holders)
+
+
+def _far(holder: dict[str, Any]) -> str:
+    """How far a holder is: the node that was asked is at 0, a new peer was not measured yet."""
+    return "here" if holder["rtt_ms"] == 0 else _rtt(holder) or "distance unknown"
 
 
 def held(document: dict[str, Any]) -> None:
@@ -238,9 +243,10 @@ def stats(document: dict[str, Any]) -> None:
     """The end of `generate` and `forward`, on stderr."""
     s = document["stats"]
     peers = {peer for entry in document["trace"].values() for peer in entry["peers"]}
+    nodes = f"{len(peers)} node{'' if len(peers) == 1 else 's'}"
     click.echo(
         f"[{s['prompt_tokens']} + {s['new_tokens']} tokens, {s['tokens_per_s']:.1f} tokens/s, "
-        f"{len(document['trace'])} experts on {len(peers)} nodes, {s['retries']} retries, "
+        f"{len(document['trace'])} experts on {nodes}, {s['retries']} retries, "
         f"root {document['root'][:16]}]",
         err=True,
     )

@@ -14,7 +14,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["ErrorCode", "LocalProtocolError", "Refused", "RemoteProtocolError"]
+__all__ = ["ErrorCode", "LocalProtocolError", "NotYet", "Refused", "RemoteProtocolError"]
 
 
 class LocalProtocolError(Exception):
@@ -32,6 +32,10 @@ class RemoteProtocolError(Exception):
         super().__init__(f"{where}: {why}")
         self.where = where
         self.why = why
+
+
+class NotYet(RemoteProtocolError):
+    """Input that may be good a little later, by a clock that is not ours: it costs no score."""
 
 
 class ErrorCode(enum.IntEnum):

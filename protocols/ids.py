@@ -9,10 +9,10 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, NewType
 
 import base58
+import msgspec
 
 from protocols.errors import RemoteProtocolError
 
@@ -89,8 +89,7 @@ def key_of(peer: str) -> PublicKey:
 SubjectKind = Literal["embed", "attention", "router", "expert", "shared", "mlp", "final", "head"]
 
 
-@dataclass(frozen=True, slots=True)
-class SubjectName:
+class SubjectName(msgspec.Struct, frozen=True):
     """A subject taken apart; `layer` and `expert` are None where the kind has none."""
 
     kind: SubjectKind

@@ -36,8 +36,8 @@ model_file_bytes_max = 64 * MIB
 # Storage
 disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it has taken
 survey_sample_bytes = 64 * MIB  # of a model, to see how fast it would be stored
-ingest_batch_bytes = 8 * MIB
-ingest_batches_waiting_max = 2
+ingest_batch_bytes = MIB  # small: what was hashed is still in a cache when it is written
+ingest_batches_waiting_max = 8
 ingest_unsynced_bytes_max = 512 * MIB  # what is hashed again after a crash in a publish
 read_bytes_resident_max = 64 * MIB  # of bodies that are read whole, until their pages are let go
 
@@ -61,6 +61,7 @@ control_message_bytes_max = 64 * KIB
 in_flight_requests_max = 64
 incomplete_messages_max = 4
 channel_request_bytes_max = 32 * MIB
+channel_unsent_bytes_max = 8 * MIB  # of replies, beyond which no further request is taken up
 refusal_bytes_max = 16 * KIB
 write_bytes_max = 128 * KIB
 channel_open_s_max = 10
@@ -88,8 +89,14 @@ chunks_request_s_max = 20
 
 # Peers
 peers_max = 256
+strangers_max = 64  # connected peers that have not said hello; the first goes
+connections_per_peer_max = 3  # two that dial each other at once have two
+handshakes_max = 128  # connections that have not proved who they are; the oldest goes
+forget_every_s = 30  # what libp2p heard of peers that are gone
+ping_every_s = 2  # on a connection on which nothing comes
+pings_unanswered_max = 3  # after which the connection counts as dead
 peer_events_max = 1_024
-handlers_per_peer_max = 32
+handlers_per_peer_max = 32  # of one protocol
 hello_bytes_max = 128 * KIB
 hello_text_bytes_max = 128
 hello_addrs_max = 8
@@ -101,7 +108,11 @@ still_every_s = 5  # the dialler shows that it is there, and measures the round 
 silence_s_max = 16  # after which a connection counts as dead
 mesh_peers_max = 32  # up to here everybody dials everybody
 known_peers_max = 1_024
+hearsay_per_peer_max = 64  # peers known only because one peer told of them
+hearsay_dials_max = 4  # failed ones, after which such a peer is forgotten
 dials_at_once_max = 8
+hearsay_dials_at_once_max = 4
+hearsay_dials_per_teller_max = 2
 redial_s = 1  # doubles with each failure
 redial_s_max = 30
 known_peer_s_max = 3_600  # a peer that was out of reach for so long is forgotten
@@ -116,6 +127,10 @@ score_halflife_s = 300
 ban_s = 600
 gossip_burst_max = 1_000
 gossip_per_s_max = 100  # per peer that passes messages on
+gossip_bytes_per_token = 64 * KIB  # a message counts once for each that it begins
+gossip_controls_max = 64  # control messages of a kind in one RPC
+gossip_ids_max = 256  # messages named in one of them; what is beyond is left out
+gossip_answer_bytes_max = 4 * MIB  # of messages that a peer missed and asks for
 gossip_queue_max = 256
 gossip_remembered_max = 8_192
 gossip_remembered_s = 120
@@ -123,7 +138,8 @@ provide_every_s = 300
 provides_10_s_max = 8  # a py-libp2p node ignores more than 10
 providers_max = 20
 find_providers_s_max = 15
-dial_s_max = 15
+dial_s_max = 15  # for one address
+dial_peer_s_max = 30  # for all addresses of a peer
 gossip_message_bytes_max = 900 * KIB
 
 # Adverts
@@ -199,7 +215,8 @@ assert signed_header_bytes_max < control_message_bytes_max
 assert chunk_bytes + KIB < message_bytes_max
 assert frame_bytes_max < message_bytes_max
 assert manifest_bytes_max + 64 * KIB < message_bytes_max
-assert signed_header_bytes_max < gossip_message_bytes_max
+assert signed_header_bytes_max < gossip_message_bytes_max < gossip_answer_bytes_max
+assert gossip_message_bytes_max // gossip_bytes_per_token < gossip_burst_max
 assert release_subjects_max < staged_blocks_per_peer_max < staged_blocks_max
 assert advert_bytes_max < gossip_message_bytes_max
 assert sync_page_ids_max * 64 < message_bytes_max
@@ -218,6 +235,10 @@ assert refusal_bytes_max < frame_bytes_max - KIB
 assert message_bytes_max <= channel_request_bytes_max
 assert silence_s_max > 3 * still_every_s
 assert write_stall_s_max < silence_s_max
-assert mesh_peers_max <= hello_peers_max
+assert (pings_unanswered_max + 1) * ping_every_s < silence_s_max
+assert strangers_max < peers_max
+assert mesh_peers_max <= hello_peers_max <= hearsay_per_peer_max
+assert hearsay_dials_per_teller_max < hearsay_dials_at_once_max < dials_at_once_max
+assert dial_s_max <= dial_peer_s_max
 assert unread_bytes_per_peer_max >= channel_request_bytes_max
 assert message_bytes_max <= stream_window_bytes <= unread_bytes_per_peer_max

@@ -61,6 +61,11 @@ class Messages:
         self._bytes_max[kind] = bytes_max
         return message
 
+    @property
+    def bytes_max(self) -> int:
+        """The size of the largest message, with its kind."""
+        return 1 + max(self._bytes_max.values(), default=0)
+
     def encode(self, message: object) -> bytes:
         """One message as bytes; a message of another protocol or over its size is our bug."""
         kind = self._kinds.get(type(message))

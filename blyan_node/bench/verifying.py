@@ -1,6 +1,7 @@
 """`verify-1000`: 1,000 headers decoded, checked and stored, beside their signatures alone."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -10,10 +11,10 @@ from blyan_node.bench.rows import Row, alternate, row, seconds
 from blyan_node.services.chain import Chain
 from protocols.dag.genesis import DEVELOPMENT
 from protocols.dag.header import Block
-from protocols.dag.validate import decode_block
-from protocols.ids import PeerId
+from protocols.ids import BlockId, PeerId
 from protocols.limits import sync_headers_max
 from protocols.signing import BLOCK_TAG, verify
+from protocols.sync.messages import Blocks, take_blocks
 from storage.store import open_store
 
 HEADERS = 1_000
@@ -27,6 +28,7 @@ def measure() -> list[Row]:
     model = author.model()
     blocks = [model, *author.parts(model.id, HEADERS - 1)]
     encoded = [block.encode() for block in blocks]
+    ids = [block.id for block in blocks]
     manifests = list(author.manifests.items())
 
     def caught_up() -> float:
@@ -36,8 +38,10 @@ def measure() -> list[Row]:
                 async def take() -> None:
                     chain = Chain(store, DEVELOPMENT.id, lambda: NOW_MS)
                     for start in range(0, HEADERS, sync_headers_max):
-                        page = [_decode(data) for data in encoded[start : start + sync_headers_max]]
-                        await chain.submit(page, manifests, PEER)
+                        page = slice(start, start + sync_headers_max)
+                        checked = partial(_checked, encoded[page], ids[page])
+                        arrived = await trio.to_thread.run_sync(checked)
+                        await chain.submit(arrived, manifests, PEER)
 
                 taken = seconds(lambda: trio.run(take))
                 assert store.stats().staged == HEADERS
@@ -53,5 +57,6 @@ def measure() -> list[Row]:
     return [row("verify-1000", "s", medians["ours"], beside=beside, goal=goal, runs=RUNS)]
 
 
-def _decode(data: bytes) -> Block:
-    return decode_block(data, network=DEVELOPMENT.id, now_ms=NOW_MS)
+def _checked(data: list[bytes], asked: list[BlockId]) -> list[Block]:
+    found, _ = take_blocks(Blocks(data, []), asked, network=DEVELOPMENT.id, now_ms=NOW_MS)
+    return list(found.values())

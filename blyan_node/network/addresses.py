@@ -1,17 +1,19 @@
 """Multiaddrs: which to tell others, which to dial."""
 
 import ipaddress
+import re
+import time
 from collections.abc import Iterable, Sequence
 
-from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 from multiaddr.utils import get_network_addrs
 
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.ids import PeerId, key_of
 from protocols.limits import addr_bytes_max, hello_addrs_max
 
-_HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
+_INTERFACES_EVERY_S = 10
+_NAMES = ("dns", "dns4", "dns6")
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?"
 
 
 def split_peer(text: str) -> tuple[str, PeerId]:
@@ -59,21 +61,41 @@ def parse_listen(text: str) -> str:
 
 def dialable(text: str) -> bool:
     """Whether this is a TCP address, with a host and a port that one can dial."""
-    if len(text.encode()) > addr_bytes_max:
+    parts = text.split("/")
+    if len(text.encode()) > addr_bytes_max or len(parts) != 5 or parts[0] or parts[3] != "tcp":
         return False
+    _, kind, host, _, port = parts
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", port) or int(port) > 65535:
+        return False
+    if kind in _NAMES:
+        return re.fullmatch(_NAME, host) is not None
     try:
-        names = [protocol.name for protocol in Multiaddr(text).protocols()]
-        host, port = _host_and_port(text)
-    except (MultiaddrError, ValueError):
+        ip = ipaddress.ip_address(host)
+    except ValueError:
         return False
-    if len(names) != 2 or names[0] not in _HOSTS or names[1] != "tcp" or port == 0:
-        return False
-    return names[0] not in ("ip4", "ip6") or not ipaddress.ip_address(host).is_unspecified
+    return kind == f"ip{ip.version}" and not ip.is_unspecified and "%" not in host
 
 
 def dialable_ones(addrs: Iterable[str]) -> list[str]:
     """The dialable ones of what a peer says, once each, at most `hello_addrs_max`."""
     return [addr for addr in dict.fromkeys(addrs) if dialable(addr)][:hello_addrs_max]
+
+
+class Announced:
+    """`announced` for the host, which asks often; the interfaces are looked at now and then."""
+
+    def __init__(self, announce: Sequence[str]) -> None:
+        self._announce = announce
+        self._known: tuple[Sequence[str], list[str]] = ((), [])
+        self._look_again = 0.0
+
+    def __call__(self, listening: Sequence[str]) -> list[str]:
+        """The addresses to tell others, given those that the sockets listen on."""
+        now = time.monotonic()  # asked for the first time before trio runs
+        if now >= self._look_again or self._known[0] != listening:
+            self._known = (listening, announced(listening, self._announce))
+            self._look_again = now + _INTERFACES_EVERY_S
+        return list(self._known[1])
 
 
 def announced(listening: Sequence[str], announce: Sequence[str]) -> list[str]:

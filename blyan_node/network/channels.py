@@ -6,7 +6,7 @@ asker's core, so a cancelled request costs a CANCEL frame and nothing else.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -18,7 +18,7 @@ from protocols.channel.asker import Answered, Asker
 from protocols.channel.refusal import CANCELLED
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.limits import handlers_per_peer_max, write_bytes_max
+from protocols.limits import channel_unsent_bytes_max, message_bytes_max, write_bytes_max
 from protocols.wire import Messages
 
 log = logging.getLogger("blyan.network")
@@ -38,6 +38,7 @@ class _Wire:
         self._core = core
         self._counters = counters
         self._more = trio.Event()
+        self._left = trio.Event()
 
     def wake(self) -> None:
         """There may be something to write."""
@@ -64,7 +65,13 @@ class _Wire:
                 except Exception as error:  # py-libp2p's errors share no base
                     raise StreamEnded(_reason(error)) from None
                 self._counters.bytes_out += len(data)
+                self._left.set()
+                self._left = trio.Event()
             await self._more.wait()
+
+    async def some_left(self) -> None:
+        """Waits until more of what the core has is on its way."""
+        await self._left.wait()
 
     async def close(self) -> None:
         """Resets the stream: a stream that only one side closes is never freed."""
@@ -99,12 +106,11 @@ class AskingChannel:
         return self.ended is None and not self._core.worn_out
 
     async def ask(self, data: bytes) -> bytes:
-        """One request and its reply; raises `StreamEnded`, `Refused`, `RemoteProtocolError`."""
-        while self.ended is None and not self._core.may_ask(len(data)):
-            self._room = trio.Event()
+        """One request and its reply; raises `StreamEnded` or `Refused`."""
+        while self.usable and not self._core.may_ask(len(data)):
             await self._room.wait()
-        if self.ended is not None:
-            raise StreamEnded(self.ended)
+        if not self.usable:
+            raise StreamEnded(self.ended or "its request ids are used up")
         request = self._core.ask(data)
         waiter = self._waiters[request] = _Waiter()
         self._wire.wake()
@@ -115,9 +121,8 @@ class AskingChannel:
             if not waiter.done.is_set() and self.ended is None:
                 self._core.cancel(request)
                 self._wire.wake()
+                self._tell_room()  # one that had not left is done with that
         if waiter.outcome is None:
-            if self.error is not None:
-                raise self.error
             raise StreamEnded(self.ended or "ended")
         if isinstance(waiter.outcome, Refused):
             raise waiter.outcome
@@ -145,7 +150,12 @@ class AskingChannel:
             if waiter := self._waiters.get(event.request):
                 waiter.outcome = event.data if isinstance(event, Answered) else event.refused
                 waiter.done.set()
+        self._tell_room()
+
+    def _tell_room(self) -> None:
+        """Everybody who waits for room looks again."""
         self._room.set()
+        self._room = trio.Event()
 
     def fail(self, why: str) -> None:
         """Ends every request that waits, at once."""
@@ -153,7 +163,7 @@ class AskingChannel:
             self.ended = why
             for waiter in self._waiters.values():
                 waiter.done.set()
-            self._room.set()
+            self._tell_room()
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> Exception:
@@ -164,6 +174,14 @@ def _first(group: BaseExceptionGroup[Exception]) -> Exception:
     return error
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One protocol that is answered here."""
+
+    messages: Messages
+    handler: Handler
+
+
 class AnsweringChannel:
     """The end that answers requests."""
 
@@ -172,16 +190,17 @@ class AnsweringChannel:
         peer: PeerId,
         stream: INetStream,
         counters: Counters,
-        served: tuple[Messages, Handler],
+        served: Served,
+        room: trio.CapacityLimiter,
         blame: Callable[[PeerId, Exception], None],
     ) -> None:
         self._peer = peer
-        self._core = Answerer()
+        self._core = Answerer(min(served.messages.bytes_max, message_bytes_max))
         self._wire = _Wire(stream, self._core, counters)
         self._counters = counters
-        self._messages, self._handler = served
+        self._served = served
+        self._room = room
         self._blame = blame
-        self._room = trio.CapacityLimiter(handlers_per_peer_max)
         self._running: dict[int, trio.CancelScope] = {}
 
     async def run(self) -> None:
@@ -192,9 +211,10 @@ class AnsweringChannel:
                 while True:
                     for event in self._core.receive(await self._wire.read()):
                         if isinstance(event, Asked):
-                            nursery.start_soon(self._serve, event)
-                        elif scope := self._running.get(event.request):
-                            scope.cancel()
+                            scope = self._running[event.request] = trio.CancelScope()
+                            nursery.start_soon(self._serve, event, scope)
+                        else:
+                            self._running[event.request].cancel()
                     self._wire.wake()
         except* StreamEnded:
             pass
@@ -203,16 +223,18 @@ class AnsweringChannel:
         finally:
             await self._wire.close()
 
-    async def _serve(self, asked: Asked) -> None:
+    async def _serve(self, asked: Asked, scope: trio.CancelScope) -> None:
+        """Exactly one answer, whatever happens; a slow reader's next request waits for it."""
         refused: Refused = CANCELLED
-        with trio.CancelScope() as scope:
-            self._running[asked.request] = scope
+        with scope:
             try:
                 async with self._room:
+                    while self._core.unsent_bytes > channel_unsent_bytes_max:
+                        await self._wire.some_left()
                     self._counters.requests_served += 1
-                    message = self._messages.decode(asked.data)
-                    reply = await self._handler(self._peer, message)
-                    self._core.reply(asked.request, self._messages.encode(reply))
+                    message = self._served.messages.decode(asked.data)
+                    reply = await self._served.handler(self._peer, message)
+                    self._core.reply(asked.request, self._served.messages.encode(reply))
                     self._wire.wake()
                     return
             except Refused as error:
@@ -228,6 +250,3 @@ class AnsweringChannel:
     async def close(self) -> None:
         """Ends the channel from our side."""
         await self._wire.close()
-
-
-Open = Callable[[PeerId, str], Awaitable[INetStream]]

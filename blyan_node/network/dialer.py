@@ -10,7 +10,13 @@ from multiaddr import Multiaddr
 from blyan_node.network.addressbook import AddressBook
 from blyan_node.network.host import GuardedSwarm
 from protocols.ids import PeerId
-from protocols.limits import dial_s_max, dials_at_once_max
+from protocols.limits import (
+    dial_peer_s_max,
+    dial_s_max,
+    dials_at_once_max,
+    hearsay_dials_at_once_max,
+    hearsay_dials_per_teller_max,
+)
 
 log = logging.getLogger("blyan.network")
 
@@ -31,8 +37,7 @@ class Dialer:
         self._book = book
         self._connected = connected
         self._admits = admits
-        self._dialling: set[PeerId] = set()
-        self._room = trio.CapacityLimiter(dials_at_once_max)
+        self._dialling: dict[PeerId, PeerId | None] = {}  # and who told of the peer
         self._changed = trio.Event()
 
     def wake(self) -> None:
@@ -44,47 +49,58 @@ class Dialer:
         async with trio.open_nursery() as nursery:
             while True:
                 self._changed = trio.Event()
-                busy = {*self._connected(), *self._dialling}
                 now = trio.current_time()
+                busy = {*self._connected(), *self._dialling}
                 for peer in self._book.due(now, busy):
-                    if self._admits(peer):
-                        self._dialling.add(peer)
-                        nursery.start_soon(self._dial_due, peer)
-                    else:
+                    if not self._admits(peer):
                         self._book.refused(peer, now)
-                due = self._book.next_due({*self._connected(), *self._dialling})
+                    elif self._may_dial(peer):
+                        self._dialling[peer] = self._book.teller(peer)
+                        nursery.start_soon(self._dial_due, peer)
+                due = self._book.next_due(now, busy)
                 wait = _LOOK_AT_LEAST_EVERY_S if due is None else due - trio.current_time()
                 with trio.move_on_after(min(max(wait, 0.05), _LOOK_AT_LEAST_EVERY_S)):
                     await self._changed.wait()
 
+    def _may_dial(self, peer: PeerId) -> bool:
+        """Whether a dial of `peer` may begin now: whoever lies to us about others gets few."""
+        if len(self._dialling) >= dials_at_once_max:
+            return False
+        if (teller := self._book.teller(peer)) is None:
+            return True
+        tellers = [told_by for told_by in self._dialling.values() if told_by is not None]
+        return (
+            len(tellers) < hearsay_dials_at_once_max
+            and tellers.count(teller) < hearsay_dials_per_teller_max
+        )
+
     async def _dial_due(self, peer: PeerId) -> None:
         try:
-            async with self._room:
-                why = await self.dial(peer)
+            why = await self.dial(peer)
             if why is not None:
                 log.debug("dialling %s failed: %s", peer, why, extra={"peer": peer})
         finally:
-            self._dialling.discard(peer)
+            del self._dialling[peer]
             self.wake()
 
     async def dial(self, peer: PeerId) -> str | None:
         """Tries each address of `peer` in turn; None, or why all failed.
 
         `Swarm.dial_peer` would try a single TCP address, wait 250 ms over it, and then refuse the
-        peer for 60 s.
+        peer for 60 s. A connection is no success yet: the book hears of one when hello has passed.
         """
         why = "no known address"
+        deadline = trio.current_time() + dial_peer_s_max
         for addr in self._book.addrs(peer):
             try:
-                with trio.fail_after(dial_s_max):
+                with trio.fail_at(min(deadline, trio.current_time() + dial_s_max)):
                     await self._swarm.dial_addr(Multiaddr(addr), ID.from_base58(peer))
             except trio.TooSlowError:
-                why = f"{addr}: no answer within {dial_s_max} s"
+                why = f"{addr}: no answer in time"
             except Exception as error:  # py-libp2p's errors share no base
                 why = f"{addr}: {error}"
             else:
                 self._book.worked(peer, addr)
-                self._book.connected(peer, trio.current_time())
                 return None
         self._book.failed(peer, trio.current_time())
         return why

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import trio
@@ -9,19 +10,37 @@ from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 
-from blyan_node.network.channels import AnsweringChannel, AskingChannel, StreamEnded
+from blyan_node.network.channels import AnsweringChannel, AskingChannel, Served, StreamEnded
 from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.host import GuardedHost
 from blyan_node.network.interface import Counters, Handler
 from protocols.errors import ErrorCode, LocalProtocolError, Refused
 from protocols.ids import PeerId
-from protocols.limits import channel_open_s_max, channels_per_protocol_max
+from protocols.limits import channel_open_s_max, channels_per_protocol_max, handlers_per_peer_max
 from protocols.wire import Messages
 
 log = logging.getLogger("blyan.network")
 
 Gate = Callable[[PeerId, str], Awaitable[bool]]
 Blame = Callable[[PeerId, Exception], None]
+
+
+@dataclass
+class _Opening:
+    """A channel that several requests may wait for; the outcome may be why there is none."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    outcome: AskingChannel | Refused | str = "this node stops"
+
+
+@dataclass
+class _Answering:
+    """The streams of one protocol that one peer has open here, and the handlers they share."""
+
+    channels: list[AnsweringChannel] = field(default_factory=list)
+    room: trio.CapacityLimiter = field(
+        default_factory=lambda: trio.CapacityLimiter(handlers_per_peer_max)
+    )
 
 
 class Exchange:
@@ -32,17 +51,17 @@ class Exchange:
         self._counters = counters
         self._gate = gate
         self._blame = blame
-        self._served: dict[str, tuple[Messages, Handler]] = {}
+        self._served: dict[str, Served] = {}
         self._asking: dict[tuple[PeerId, str], AskingChannel] = {}
-        self._opening: dict[tuple[PeerId, str], trio.Lock] = {}
-        self._answering: dict[tuple[PeerId, str], list[AnsweringChannel]] = {}
+        self._opening: dict[tuple[PeerId, str], _Opening] = {}
+        self._answering: dict[tuple[PeerId, str], _Answering] = {}
         self._nursery: trio.Nursery | None = None
 
     def handle(self, protocol: str, messages: Messages, handler: Handler) -> None:
         """See `PeerNetwork.handle`."""
         if protocol in self._served or self._nursery is not None:
             raise LocalProtocolError(f"{protocol} is handled already, or too late")
-        self._served[protocol] = (messages, handler)
+        self._served[protocol] = Served(messages, handler)
 
     def serve(self, nursery: trio.Nursery) -> None:
         """From now on streams are accepted; their tasks run in `nursery`."""
@@ -72,29 +91,46 @@ class Exchange:
         """The codec of a protocol that is handled here; asking and answering share it."""
         if protocol not in self._served:
             raise LocalProtocolError(f"{protocol} has no handler here, so no known messages")
-        return self._served[protocol][0]
+        return self._served[protocol].messages
 
     def drop(self, peer: PeerId) -> None:
         """The last connection to `peer` is gone: fails what was asked of it, at once."""
         for key in [key for key in self._asking if key[0] == peer]:
             self._asking.pop(key).fail("the connection ended")
-        for key in [key for key in self._opening if key[0] == peer]:
-            if not self._opening[key].locked():
-                del self._opening[key]
 
     async def _channel(self, peer: PeerId, protocol: str) -> AskingChannel:
         key = (peer, protocol)
         channel = self._asking.get(key)
         if channel is not None and channel.usable:
             return channel
-        async with self._opening.setdefault(key, trio.Lock()):
-            channel = self._asking.get(key)
-            if channel is None or not channel.usable:
-                channel = AskingChannel(await self._open(peer, protocol), self._counters)
-                self._asking[key] = channel
-                assert self._nursery is not None
-                self._nursery.start_soon(self._run_asking, key, channel)
-            return channel
+        opening = self._opening.get(key)
+        if opening is None:
+            assert self._nursery is not None
+            opening = self._opening[key] = _Opening()
+            self._nursery.start_soon(self._open_and_run, key, opening)
+        await opening.done.wait()
+        if isinstance(opening.outcome, AskingChannel):
+            return opening.outcome
+        if isinstance(opening.outcome, Refused):
+            raise replace(opening.outcome)  # each waiter its own: exceptions carry a traceback
+        raise StreamEnded(opening.outcome)
+
+    async def _open_and_run(self, key: tuple[PeerId, str], opening: _Opening) -> None:
+        """In a task of its own: an opening that is cancelled half-way would leak its stream."""
+        try:
+            channel = AskingChannel(await self._open(*key), self._counters)
+        except StreamEnded as ended:
+            opening.outcome = str(ended)
+            return
+        except Refused as refused:
+            opening.outcome = refused
+            return
+        else:
+            opening.outcome = self._asking[key] = channel
+        finally:
+            del self._opening[key]
+            opening.done.set()
+        await self._run_asking(key, channel)
 
     async def _open(self, peer: PeerId, protocol: str) -> INetStream:
         try:
@@ -121,25 +157,25 @@ class Exchange:
         if self._nursery is None or not await self._gate(peer, protocol):
             await stream.reset()
             return
+        beside = self._answering.setdefault((peer, protocol), _Answering())
         channel = AnsweringChannel(
-            peer, stream, self._counters, self._served[protocol], self._blame
+            peer, stream, self._counters, self._served[protocol], beside.room, self._blame
         )
-        beside = self._answering.setdefault((peer, protocol), [])
-        beside.append(channel)
+        beside.channels.append(channel)
         ended = trio.Event()
 
         async def run() -> None:
             try:
                 await channel.run()
             finally:
-                beside.remove(channel)
-                if not beside:
+                beside.channels.remove(channel)
+                if not beside.channels:
                     self._answering.pop((peer, protocol), None)
                 ended.set()
 
         self._nursery.start_soon(run)
-        if len(beside) > channels_per_protocol_max:
-            await beside[0].close()  # the newest ones are those that the peer uses
+        if len(beside.channels) > channels_per_protocol_max:
+            await beside.channels[0].close()  # the newest ones are those that the peer uses
         await ended.wait()
 
 

@@ -41,8 +41,9 @@ __all__ = ["MESSAGES", "PROTOCOL", "Greeted", "Greeting"]
 
 @dataclass(frozen=True)
 class Greeted:
-    """What greeting tells the network."""
+    """What greeting tells the network, and asks it: whether a peer is (still) connected."""
 
+    connected: Callable[[PeerId], bool]
     passed: Callable[[Peer], None]
     misfit: Callable[[PeerId], None]
     learnt: Callable[[], None]
@@ -87,7 +88,8 @@ class Greeting:
         """The listener's side."""
         if isinstance(message, Hello):
             ours = self.ours()  # before we know the peer: it need not be told of itself
-            self._take(peer, message)
+            if not self._table.greeted(peer, since=trio.current_time() - _PAUSE_S_MIN / 2):
+                self._take(peer, message)
             return ours
         self._table.heard(peer, trio.current_time(), message.summary)
         if message.rtt_us:
@@ -105,6 +107,8 @@ class Greeting:
 
     def _take(self, peer: PeerId, hello: Hello) -> bool:
         check(hello)
+        if not self.greeted.connected(peer):  # it left meanwhile: nobody would ever say so
+            return False
         why = judge(self.ours(), hello)
         if why is not None:
             if (peer, why) not in self._said:  # once; the redials that follow say nothing new
@@ -117,7 +121,7 @@ class Greeting:
         self._book.learn(peer, dialable_ones(hello.addrs), now)
         for known in hello.peers:
             if known.peer_id not in self._table:
-                self._book.learn(PeerId(known.peer_id), dialable_ones(known.addrs), now)
+                self._book.hear(PeerId(known.peer_id), dialable_ones(known.addrs), now, peer)
         if new := self._table.add(peer, hello, unix_s=time.time(), now=now):
             self.greeted.passed(new)
         self.greeted.learnt()

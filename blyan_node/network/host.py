@@ -6,8 +6,8 @@ protocols do not run inside these handlers (see `channels`), so a bug of ours st
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 import trio
 from libp2p.abc import IMuxedConn, INetStream
@@ -38,7 +38,13 @@ from multiaddr import Multiaddr
 
 from blyan_node.network.muxer import GuardedMuxer, GuardedYamux
 from protocols.ids import PeerId
-from protocols.limits import dial_s_max, hello_s_max, peers_max
+from protocols.limits import (
+    connections_per_peer_max,
+    dial_s_max,
+    handshakes_max,
+    hello_s_max,
+    peers_max,
+)
 from protocols.signing import Identity
 
 log = logging.getLogger("blyan.network")
@@ -72,14 +78,12 @@ class HostEvents(Protocol):
     def admits(self, peer: PeerId) -> bool:
         """Whether a connection with `peer` is wanted at all."""
 
-    def announced(self, listening: Sequence[str]) -> list[str]:
-        """The addresses to tell others, given those that the sockets listen on."""
-
 
 class GuardedSwarm(Swarm):
     """A swarm that no peer can stop, wear out or wedge."""
 
     events: HostEvents
+    handshakes: dict[trio.CancelScope, None]  # of those that dialled us, the oldest first
 
     def set_stream_handler(self, stream_handler: StreamHandlerFn) -> None:
         """Wraps the one handler behind which all protocols are."""
@@ -106,6 +110,9 @@ class GuardedSwarm(Swarm):
             # peer that seems connected and a slot that is never free.
             self.remove_conn(conn)
             raise SwarmException(f"the connection with {peer} ended at once")
+        if conn not in self.get_connections(muxed_conn.peer_id)[:connections_per_peer_max]:
+            await conn.close()  # the stock swarm would keep all that come within 20 s
+            raise SwarmException(f"peer {peer} has {connections_per_peer_max} connections")
         self.events.connected(peer, dialled=direction == "outbound")
         return conn
 
@@ -116,19 +123,46 @@ class GuardedSwarm(Swarm):
         if known and not self.get_connections(swarm_conn.muxed_conn.peer_id):
             self.events.disconnected(PeerId(str(swarm_conn.muxed_conn.peer_id)))
 
-    async def _do_handle_inbound_connection(
-        self, read_write_closer: ReadWriteCloser, maddr: Multiaddr, failure_event: Any
+    async def _handle_inbound_connection(
+        self, read_write_closer: ReadWriteCloser, maddr: Multiaddr
     ) -> None:
-        # The stock method holds its slot until the swarm ends: after as many connections as there
-        # are slots, however short, nobody is let in any more.
+        # The stock method gives each connection a slot before it has said a word, and holds it
+        # until the swarm ends: after as many connections as there are slots, however short or
+        # silent, nobody is let in any more. Here the silent ones push out each other.
         raw = RawConnection(read_write_closer, False)
+        handshake = trio.CancelScope()
+        self.handshakes[handshake] = None
+        if len(self.handshakes) > handshakes_max:
+            next(iter(self.handshakes)).cancel()
+        muxed = None
         try:
-            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
-            assert isinstance(muxed, GuardedYamux)
-            await muxed.event_closed.wait()
+            with handshake:
+                muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
         except Exception as error:  # garbage in a handshake; py-libp2p's errors share no base
             log.debug("inbound connection failed: %r", error)
-            await raw.close()
+        finally:
+            del self.handshakes[handshake]
+            if muxed is None:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await raw.close()
+        if muxed is not None:
+            assert isinstance(muxed, GuardedYamux)
+            await muxed.event_closed.wait()
+
+    async def close_peer(self, peer_id: ID) -> None:
+        """Closes what there is; the stock method also forgets a connection that comes meanwhile."""
+        for conn in list(self.get_connections(peer_id)):
+            await conn.close()
+
+    def forget_all_but(self, others: Collection[ID]) -> None:
+        """Forgets what was heard of peers that are neither connected nor among `others`."""
+        kept = {self.get_peer_id(), *self.get_connections_map(), *others}
+        store = self.peerstore
+        assert isinstance(store, PeerStore)
+        for peer in set(store.peer_ids()) - kept:
+            store.clear_peerdata(peer)
+        for peer in set(store.peer_record_map) - kept:
+            del store.peer_record_map[peer]
 
     async def stop_listening(self) -> None:
         """Closes the listeners, which the stock swarm leaves open when its service is stopped."""
@@ -152,6 +186,9 @@ class NoAutoConnector(AutoConnector):
     async def maybe_connect(self) -> None:
         """Does nothing."""
 
+    def record_disconnect(self, peer_id: ID) -> None:
+        """Does nothing: the stock one remembers everybody who ever left."""
+
 
 class GuardedHost(BasicHost):
     """Identify runs in trio's system tasks, where an exception would end the process."""
@@ -163,8 +200,13 @@ class GuardedHost(BasicHost):
             log.debug("identify of %s failed: %r", peer_id, error)
 
 
-def build_host(identity: Identity, events: HostEvents) -> GuardedHost:
-    """A host that does not run yet. Noise alone: the default would accept plaintext too."""
+def build_host(
+    identity: Identity, events: HostEvents, announced: Callable[[Sequence[str]], list[str]]
+) -> GuardedHost:
+    """A host that does not run yet; `announced` says which addresses to tell.
+
+    Noise alone: the default would accept plaintext too.
+    """
     private = Ed25519PrivateKey.from_bytes(identity.seed)
     keys = KeyPair(private, private.get_public_key())
     peer = ID.from_pubkey(keys.public_key)
@@ -181,6 +223,7 @@ def build_host(identity: Identity, events: HostEvents) -> GuardedHost:
         retry_config=RetryConfig(max_retries=0),  # we redial with our own backoff
         connection_config=ConnectionConfig(
             max_connections=peers_max,
+            max_connections_per_peer=connections_per_peer_max,
             high_watermark=peers_max,
             min_connections=0,
             low_watermark=0,
@@ -190,9 +233,10 @@ def build_host(identity: Identity, events: HostEvents) -> GuardedHost:
         ),
     )
     swarm.events = events
+    swarm.handshakes = {}
     swarm.auto_connector = NoAutoConnector(swarm)
     return GuardedHost(
         swarm,
-        addrs_factory=lambda found: [Multiaddr(a) for a in events.announced([*map(str, found)])],
+        addrs_factory=lambda found: [Multiaddr(a) for a in announced([*map(str, found)])],
         disable_identify_address_discovery=True,
     )

@@ -116,8 +116,8 @@ class PeerNetwork(Protocol):
 
         The handler may raise `Refused` (the asker sees `PeerRefused`) or `RemoteProtocolError`
         (the asker loses score), and is cancelled when the asker cancels or its stream ends. At most
-        `handlers_per_peer_max` run for one peer at a time. Anything else that it raises is a bug
-        and stops the node.
+        `handlers_per_peer_max` of a protocol run for one peer at a time. Anything else that it
+        raises is a bug and stops the node.
         """
 
     async def request(

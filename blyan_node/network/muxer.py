@@ -5,21 +5,35 @@ What the stock muxer does, and this one does not:
 * an exception out of `start` ends the whole swarm; here it ends the connection;
 * a cancelled `write` leaves half a record on the wire and kills the connection; here a record
   that was begun is finished, in at most `write_stall_s_max`;
-* a peer may fill our memory by ignoring the window, or by opening streams without end.
+* a peer may fill our memory by ignoring the window, or by opening streams without end;
+* a connection on which nothing comes any more, not even answers to pings, stays open until TCP
+  gives up, which takes a quarter of an hour: because the other process hangs, or because a link
+  broke and its other end has long been back on a new connection. Here it ends after
+  `pings_unanswered_max` pings.
 
 `MuxerMultistream` ignores other classes under `/yamux/1.0.0`, so `GuardedMuxer` makes ours itself.
 """
 
+import contextlib
 import logging
+import struct
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+from libp2p.stream_muxer.yamux.yamux import (
+    FLAG_SYN,
+    TYPE_PING,
+    YAMUX_HEADER_FORMAT,
+    Yamux,
+    YamuxStream,
+)
 
 from protocols.limits import (
+    ping_every_s,
+    pings_unanswered_max,
     stream_window_bytes,
     streams_per_peer_max,
     unread_bytes_per_peer_max,
@@ -27,6 +41,8 @@ from protocols.limits import (
 )
 
 log = logging.getLogger("blyan.network")
+
+_PING = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 1)
 
 
 class WideStream(YamuxStream):
@@ -52,6 +68,39 @@ class GuardedYamux(Yamux):
         stream = await super().open_stream()
         stream.__class__ = WideStream
         return stream
+
+    def __init__(self, secured_conn: ISecureConn, peer_id: ID, *, is_initiator: bool) -> None:
+        super().__init__(secured_conn, peer_id, is_initiator=is_initiator, on_close=_nothing)
+        self._heard = True
+        read = secured_conn.read
+
+        async def noted(n: int | None = None) -> bytes:
+            data: bytes = await read(n)
+            self._heard = True
+            return data
+
+        secured_conn.read = noted  # type: ignore[method-assign]
+
+    async def _measure_rtt_loop(self) -> None:
+        """Runs beside the reader: where the stock loop only measures, this one also judges.
+
+        Everything that arrives is a sign of life. It counts its own pauses, so a node that was
+        itself held up for a while blames nobody.
+        """
+        unanswered = 0
+        while unanswered < pings_unanswered_max:
+            self._heard = False
+            with trio.move_on_after(ping_every_s):
+                await self.event_shutting_down.wait()
+                return
+            if self._heard:
+                unanswered = 0
+                continue
+            unanswered += 1
+            with contextlib.suppress(Exception):  # whatever stops it, the reader sees the end
+                await self._write_frame(_PING)
+        log.info("peer %s answers no ping; disconnected", self.peer_id)
+        await self.abort()
 
     async def start(self) -> None:
         """Serves the connection until it ends; nothing that a peer sends gets out of here."""
@@ -103,7 +152,7 @@ class GuardedMuxer(MuxerMultistream):
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """The muxed connection over `conn`."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        muxed = GuardedYamux(conn, peer_id, is_initiator=conn.is_initiator, on_close=_nothing)
+        muxed = GuardedYamux(conn, peer_id, is_initiator=conn.is_initiator)
         return self._annotate_connection(muxed, conn, protocol)
 
 

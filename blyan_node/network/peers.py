@@ -55,6 +55,7 @@ class PeerTable(Mapping[PeerId, Peer]):
     def __init__(self) -> None:
         self._peers: dict[PeerId, Peer] = {}
         self._heard: dict[PeerId, float] = {}
+        self._greeted: dict[PeerId, float] = {}
 
     def __getitem__(self, peer: PeerId) -> Peer:
         return self._peers[peer]
@@ -80,12 +81,17 @@ class PeerTable(Mapping[PeerId, Peer]):
             summary=hello.summary,
         )
         self._peers[peer] = told
-        self._heard[peer] = now
+        self._heard[peer] = self._greeted[peer] = now
         return None if known else told
+
+    def greeted(self, peer: PeerId, *, since: float) -> bool:
+        """Whether a hello of `peer` was taken in at `since` or later."""
+        return self._greeted.get(peer, since - 1) >= since
 
     def remove(self, peer: PeerId) -> Peer | None:
         """Forgets a peer; what was known of it, if it was here."""
         self._heard.pop(peer, None)
+        self._greeted.pop(peer, None)
         return self._peers.pop(peer, None)
 
     def heard(self, peer: PeerId, now: float, summary: HelloSummary | None = None) -> None:

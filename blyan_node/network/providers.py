@@ -48,6 +48,10 @@ class Providers:
         async with background_trio_service(self._dht):
             yield
 
+    def routing_peers(self) -> list[ID]:
+        """Those in the routing table, whose addresses the DHT needs."""
+        return list(self._dht.routing_table.get_peer_ids())
+
     async def met(self, peer: PeerId, addrs: list[str]) -> None:
         """Somebody to ask: the routing table learns nobody from connections alone."""
         try:

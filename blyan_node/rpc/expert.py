@@ -139,7 +139,7 @@ def _info(app: App, subject: Subject, block: BlockId) -> expert.ExpertInfo:
 
 def _holder(app: App, peer: PeerId) -> expert.Holder:
     if peer == app.identity.peer_id:
-        return expert.Holder(peer_id=peer, rtt_ms=None, queue=app.serving.queue_length)
+        return expert.Holder(peer_id=peer, rtt_ms=0.0, queue=app.serving.queue_length)
     known = app.network.peers.get(peer)
     rtt_ms = None if known is None else known.rtt_ms
     return expert.Holder(peer_id=peer, rtt_ms=rtt_ms, queue=app.adverts.queue_of(peer))

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from protocols import limits
 from protocols.dag.admission import Accepted, Admission, Duplicate, Parked, Staged, admit
 from protocols.dag.header import Block, Kind
@@ -24,8 +26,7 @@ LEFT_OVER = "an earlier run"  # the source of what was staged before this proces
 OURSELVES = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What became of one block; `verdict` is an error if it can never be accepted."""
 
     block: Block
@@ -124,7 +125,8 @@ class Intake:
             orphan = waiting.popleft()
             outcome = self._decide(orphan, session)
             outcomes.append(outcome)
-            waiting.extend(self.pool.arrived(_arrived(outcome)))
+            if self.pool:
+                waiting.extend(self.pool.arrived(_arrived(outcome)))
         session.write_staged()
         return outcomes
 
@@ -205,7 +207,7 @@ class _Session:
 
     @property
     def staged_count(self) -> int:
-        return self._store.stats().staged + len(self._unwritten)
+        return self._store.index.counters.staged + len(self._unwritten)
 
     def add_manifest(self, id: ManifestId, data: bytes) -> None:
         self._raw[id] = data

@@ -28,7 +28,7 @@ from blyan_node.network.interface import (
     Validator,
 )
 from protocols.errors import ErrorCode as Code
-from protocols.errors import LocalProtocolError, Refused, RemoteProtocolError
+from protocols.errors import LocalProtocolError, NotYet, Refused, RemoteProtocolError
 from protocols.hello import HelloSummary
 from protocols.ids import NetworkId, PeerId, cid
 from protocols.limits import (
@@ -306,6 +306,8 @@ class TwinNetwork:
 
     def penalise(self, peer: PeerId, error: Exception) -> None:
         """Takes score; at `BAN_SCORE` the connection is cut for good."""
+        if isinstance(error, NotYet):
+            return
         self._scores[peer] = self._scores.get(peer, 0.0) + PENALTY
         self.counters.penalties += 1
         self._fabric.settle()

@@ -19,8 +19,9 @@ the length is reached.
     REFUSAL   answerer   msgpack `Refusal`: the request failed, and why
 
 Sequence: the asker numbers its requests from 1 and uses no number twice. Each request is answered
-by exactly one REPLY or REFUSAL, a cancelled one by a REFUSAL (or by the REPLY that was already on
-its way); only then is the id done. After an error the stream is of no use.
+by exactly one REPLY or REFUSAL, a cancelled one by a REFUSAL as soon as the work on it has ended
+(or by the REPLY that was already on its way); only then is the id done. After an error the stream
+is of no use.
 
 Limits: `frame_bytes_max` a piece, `message_bytes_max` a message, `in_flight_requests_max` requests
 that are not done, `channel_request_bytes_max` bytes in all of them together, and

@@ -23,7 +23,7 @@ from protocols.limits import (
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, as bytes of the protocol above; answer it with `reply` or `refuse`."""
+    """A request, as bytes of the protocol above; answer it once, with `reply` or `refuse`."""
 
     request: int
     data: bytes
@@ -31,21 +31,31 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The asker does not want this reply any more; answering it is allowed and does nothing."""
+    """The asker does not want this reply any more; the request is still to be answered.
+
+    Until then it counts as in flight, so an asker cannot start more work by cancelling. Whatever
+    the answer is, CANCELLED is what is sent.
+    """
 
     request: int
 
 
 class Answerer:
-    """One stream's answering end. Feed it what arrives, send what `take` returns."""
+    """One stream's answering end. Feed it what arrives, send what `take` returns.
 
-    def __init__(self) -> None:
+    A request is in flight until its answer has left: an asker that reads nothing cannot have us
+    collect replies without end. `request_bytes_max` is the size of the protocol's largest message.
+    """
+
+    def __init__(self, request_bytes_max: int = message_bytes_max) -> None:
+        self._request_bytes_max = request_bytes_max
         self._reader = FrameReader(frozenset((FrameKind.REQUEST, FrameKind.CANCEL)))
         self._assembler = Assembler()
         self._outbox = Outbox()
         self._sizes: dict[int, int] = {}  # of every request that is not answered
         self._bytes = 0
-        self._cancelled: set[int] = set()  # answered with a refusal because of a CANCEL
+        self._cancelled: set[int] = set()  # those of them that nobody waits for
+        self._leaving: set[int] = set()  # answered, and not all of the answer has been taken
 
     def receive(self, data: bytes) -> Iterator[Asked | Cancelled]:
         """What `data` completes; raises `RemoteProtocolError`, after which the stream is dead."""
@@ -60,9 +70,13 @@ class Answerer:
                 yield Asked(message.request, message.data)
 
     def _begin(self, frame: Frame) -> None:
-        if frame.request in self._sizes or frame.request in self._cancelled:
+        if frame.request in self._sizes or frame.request in self._leaving:
             raise RemoteProtocolError(WHERE, f"request id {frame.request} twice")
-        if len(self._sizes) == in_flight_requests_max:
+        if frame.total > self._request_bytes_max:
+            raise RemoteProtocolError(
+                WHERE, f"a request of {frame.total} bytes, at most {self._request_bytes_max}"
+            )
+        if len(self._sizes) + len(self._leaving) == in_flight_requests_max:
             raise RemoteProtocolError(WHERE, f"over {in_flight_requests_max} requests in flight")
         if self._bytes + frame.total > channel_request_bytes_max:
             raise RemoteProtocolError(WHERE, f"over {channel_request_bytes_max} bytes in flight")
@@ -70,37 +84,46 @@ class Answerer:
         self._bytes += frame.total
 
     def _cancel(self, request: int) -> Iterator[Cancelled]:
-        if request not in self._sizes:
+        if request not in self._sizes or request in self._cancelled:
             return  # our answer and its CANCEL crossed
-        whole = not self._assembler.has_begun(request)
-        self._assembler.forget(request)
-        self.refuse(request, CANCELLED)
-        if whole:
+        if self._assembler.has_begun(request):
+            self._assembler.forget(request)
+            self.refuse(request, CANCELLED)
+        else:
             self._cancelled.add(request)
             yield Cancelled(request)
 
     def reply(self, request: int, data: bytes) -> None:
-        """Queues the reply to `request`; nothing happens if it was cancelled meanwhile."""
+        """Queues the reply to `request`, or CANCELLED if it was cancelled meanwhile."""
         if not 0 < len(data) <= message_bytes_max:
             raise LocalProtocolError(f"a reply of {len(data)} bytes")
-        self._answer(Message(FrameKind.REPLY, request, data))
+        if request in self._cancelled:
+            self.refuse(request, CANCELLED)
+        else:
+            self._answer(Message(FrameKind.REPLY, request, data))
 
     def refuse(self, request: int, refused: Refused) -> None:
-        """Queues a refusal of `request`; nothing happens if it was cancelled meanwhile."""
+        """Queues a refusal of `request`."""
         self._answer(Message(FrameKind.REFUSAL, request, encode_refusal(refused)))
 
     def _answer(self, message: Message) -> None:
-        if message.request in self._cancelled:
-            self._cancelled.discard(message.request)
-            return
         if message.request not in self._sizes:
             raise LocalProtocolError(f"request {message.request} has been answered")
         self._bytes -= self._sizes.pop(message.request)
+        self._cancelled.discard(message.request)
+        self._leaving.add(message.request)
         self._outbox.put(message)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of answers that have not left whole."""
+        return self._outbox.bytes
 
     def __bool__(self) -> bool:
         return bool(self._outbox)
 
     def take(self) -> bytes:
         """The next bytes to send; empty if there are none."""
-        return self._outbox.take()
+        data = self._outbox.take()
+        self._leaving.difference_update(self._outbox.departed)
+        return data

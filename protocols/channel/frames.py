@@ -153,9 +153,12 @@ class Outbox:
         self._small: deque[Message] = deque()
         self._turns: deque[_Leaving] = deque()
         self._waiting: deque[Message] = deque()
+        self.bytes = 0  # of messages that have not left whole
+        self.departed: list[int] = []  # requests whose message left whole with the last `take`
 
     def put(self, message: Message) -> None:
         """Queues a message; how many there may be is the asker's and the answerer's matter."""
+        self.bytes += len(message.data)
         if len(message.data) <= PIECE_BYTES:
             self._small.append(message)
         elif len(self._turns) < incomplete_messages_max:
@@ -169,10 +172,12 @@ class Outbox:
             for message in queue:
                 if message.request == request:
                     queue.remove(message)
+                    self.bytes -= len(message.data)
                     return True
         for leaving in self._turns:
             if leaving.message.request == request:
                 self._turns.remove(leaving)
+                self.bytes -= len(leaving.message.data)
                 self._let_next_begin()
                 return leaving.sent == 0
         return False
@@ -183,11 +188,13 @@ class Outbox:
     def take(self) -> bytes:
         """The next bytes for the stream, about `write_bytes_max`; empty if there are none."""
         out = bytearray()
+        self.departed.clear()
         while self and len(out) < write_bytes_max:
             while self._small and len(out) < write_bytes_max:
                 message = self._small.popleft()
                 out += _header(message, len(message.data))
                 out += message.data
+                self._depart(message)
             if self._turns:
                 self._take_piece(out)
         return bytes(out)
@@ -202,7 +209,12 @@ class Outbox:
         if leaving.sent < len(message.data):
             self._turns.append(leaving)
         else:
+            self._depart(message)
             self._let_next_begin()
+
+    def _depart(self, message: Message) -> None:
+        self.bytes -= len(message.data)
+        self.departed.append(message.request)
 
     def _let_next_begin(self) -> None:
         if self._waiting:

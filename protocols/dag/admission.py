@@ -19,6 +19,8 @@ arrival, and a verdict of "not yet" (`Parked`) never turns into a wrong one.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from protocols.dag.header import Block, Kind
 from protocols.dag.heads import advance
 from protocols.dag.order import topological
@@ -30,8 +32,7 @@ from protocols.ids import BlockId, ManifestId, Root, Subject, model_root
 from protocols.tensors.manifest import Manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """The block takes effect: what is to be written, in one atomic step.
 
     `blocks` are new in the log, parents first; `subjects` is the body of the release, if it is one;
@@ -45,15 +46,13 @@ class Accepted:
     root: Root
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
+class Staged(msgspec.Struct, frozen=True):
     """The block fits, and waits for a release that lists it."""
 
     block: Block
 
 
-@dataclass(frozen=True, slots=True)
-class Parked:
+class Parked(msgspec.Struct, frozen=True):
     """Not yet: what has to come first. `blocks` are not here, `unaccepted` are here and wait.
 
     `bodies` are releases whose body is not here.
@@ -71,8 +70,7 @@ class Parked:
         return frozenset((*self.blocks, *self.unaccepted, *self.manifests, *self.bodies))
 
 
-@dataclass(frozen=True, slots=True)
-class Duplicate:
+class Duplicate(msgspec.Struct, frozen=True):
     """The block is here already."""
 
     block: Block
@@ -121,7 +119,7 @@ def admit(block: Block, view: ChainView) -> Admission:
     """
     header = block.header
     waits = waits_for_release(block)
-    if view.is_accepted(block.id) or (waits and view.block(block.id) is not None):
+    if view.block(block.id) is not None and (waits or view.is_accepted(block.id)):
         return Duplicate(block)
     wants = _Wants()
     _parents(block, waits, view, wants)

@@ -6,7 +6,6 @@ whoever relays it. A block's body is a manifest (`protocols.tensors.manifest`) a
 the manifest names; neither is in the header, whose size is bounded (`limits.header_bytes_max`).
 """
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
@@ -46,7 +45,7 @@ CHAIN_OF = {
 }
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """The fields that a block's id covers.
 
     `seq` counts the author's blocks; `time` is in ms since 1970; `depends_on` is sorted and without
@@ -77,8 +76,7 @@ class _Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     sig: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(msgspec.Struct, frozen=True, gc=False):
     """A header with its id, its canonical bytes and its signature (not yet verified)."""
 
     id: BlockId

@@ -11,6 +11,8 @@ block cannot be admitted. Else a release of n blocks would be looked at n times,
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from protocols import limits
 from protocols.dag.admission import Parked
 from protocols.dag.header import Block
@@ -29,8 +31,7 @@ class PoolLimits:
     source_bytes: int = limits.parked_bytes_max // 4
 
 
-@dataclass(frozen=True, slots=True)
-class Orphan:
+class Orphan(msgspec.Struct, frozen=True):
     """A parked block, who sent it, and its manifest if that came with it."""
 
     block: Block

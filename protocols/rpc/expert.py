@@ -16,7 +16,10 @@ class ExpertListRequest(Request, frozen=True):
 
 
 class Holder(Result, frozen=True):
-    """A node that holds an expert; `queue` is the requests that wait there."""
+    """A node that holds an expert; `queue` is the requests that wait there.
+
+    `rtt_ms` is 0 for the node that was asked and null for a peer that was not measured yet.
+    """
 
     peer_id: str
     rtt_ms: float | None

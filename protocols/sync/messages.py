@@ -26,7 +26,7 @@ import msgspec
 
 from protocols import limits
 from protocols.dag.header import Block
-from protocols.dag.validate import decode_block
+from protocols.dag.validate import decode_blocks
 from protocols.errors import RemoteProtocolError
 from protocols.ids import (
     DIGEST_BYTES,
@@ -161,8 +161,8 @@ def take_blocks(
 
     Raises `RemoteProtocolError` for a malformed block and for one that was not asked for.
     """
-    decoded = (decode_block(data, network=network, now_ms=now_ms) for data in reply.blocks)
-    found = {block.id: block for block in decoded}
+    blocks = decode_blocks(reply.blocks, network=network, now_ms=now_ms)
+    found = {block.id: block for block in blocks}
     return found, [BlockId(id) for id in _check_reply(found, reply.missing, asked)]
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import trio.testing
 
 from blyan_node.bench import __main__ as command
-from blyan_node.bench import links, opening
+from blyan_node.bench import links, opening, publishing
 from blyan_node.bench.chains import NOW_MS, Author
 from blyan_node.bench.models import write_model
 from blyan_node.bench.rows import alternate, alternate_async, row
@@ -21,7 +22,9 @@ from protocols.dag.admission import Accepted, Staged, admit
 from protocols.dag.genesis import DEVELOPMENT
 from protocols.dag.validate import decode_block
 from protocols.dag.view import MemoryView
+from protocols.limits import chunk_bytes
 from protocols.tensors.manifest import Dtype, Manifest
+from storage.leveldb import LevelDBEngine
 
 
 def test_measures_take_turns_and_the_first_round_does_not_count() -> None:
@@ -123,6 +126,22 @@ def test_the_model_is_one_that_can_be_published(dtype: Dtype, tmp_path: Path) ->
     write_model(tmp_path / "again", dtype, **small)
     for file in (tmp_path / "once").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_publish_is_measured_beside_what_writes_the_same_bytes(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "a.safetensors").write_bytes(os.urandom(3 * chunk_bytes + 5))
+    (model / "config.json").write_bytes(b"{}")
+    publishing.copy(model, tmp_path / "copy")
+    publishing.fill_leveldb(model, tmp_path / "leveldb")
+    engine = LevelDBEngine(tmp_path / "leveldb", buffer_bytes=1 << 20, cache_bytes=1 << 20)
+    pieces = [data for _, data in engine.iterate(b"")]
+    engine.close()
+    files = {file.name: file.read_bytes() for file in model.iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()} == files
+    assert sorted(map(len, pieces)) == [2, 5, chunk_bytes, chunk_bytes, chunk_bytes]
+    assert sorted(b"".join(pieces)) == sorted(b"".join(files.values()))
 
 
 class _Pipe:

@@ -135,7 +135,7 @@ def test_random_bytes_on_the_rpc_socket(alice: Node) -> None:
     rng = random.Random(SEED)
     good = _request("generate.run", model="small", prompt_ids=[1], max_tokens=2, temperature=0)
     for case in range(300):
-        data = bytearray(rng.randbytes(rng.randrange(5_000)) if case % 2 else good)
+        data = bytearray(rng.randbytes(rng.randrange(1, 5_000)) if case % 2 else good)
         for _ in range(rng.randrange(4)):
             data[rng.randrange(len(data)) :] = rng.randbytes(rng.randrange(200)) or b"\n"
         with _line(alice) as link, suppress(BrokenPipeError, ConnectionResetError):

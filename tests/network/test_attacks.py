@@ -33,7 +33,13 @@ from protocols import hello
 from protocols.channel.frames import HEADER, FrameKind
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.limits import MIB, streams_per_peer_max, unread_bytes_per_peer_max
+from protocols.limits import (
+    MIB,
+    gossip_answer_bytes_max,
+    gossip_ids_max,
+    streams_per_peer_max,
+    unread_bytes_per_peer_max,
+)
 
 PROTOCOLS = [
     "/blyan/hello/1",
@@ -130,7 +136,7 @@ async def test_garbage_in_our_channels_costs_score_and_in_the_end_the_connection
     async with swarm() as (alice, _), attacker(alice) as (host, victim):
         for _ in range(6):
             await throw(host, victim, "/blyan/hello/1", b"\xff" * 100)
-        assert not alice.admits(_peer_id(host))
+        assert not alice._members.admits(_peer_id(host))
         with trio.fail_after(5):
             while host.get_network().get_connections(victim):
                 await trio.sleep(0.05)
@@ -197,6 +203,62 @@ async def test_gossip_with_false_signatures_foreign_topics_and_bad_content() -> 
         await check()
         assert alice.counters.penalties >= 3
         assert set(alice._gossip._router.back_off) <= set(alice._gossip._subscribers)
+
+
+@trio_test
+async def test_a_message_that_is_asked_for_many_times_is_sent_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with swarm() as (alice, _), attacker(alice) as (host, victim):
+        topic, router = next(iter(alice._gossip._subscribers)), alice._gossip._router
+        ids = []
+        for i in range(100):
+            message = rpc_pb2.Message(
+                data=bytes(100_000), topicIDs=[topic], from_id=b"n" * 38, seqno=b"%08d" % i
+            )
+            router.mcache.put(message)
+            ids.append((message.from_id + message.seqno).hex().encode())
+        sent: list[int] = []
+        monkeypatch.setattr(router, "send_rpc", lambda peer, rpc: sent.append(rpc.ByteSize()))
+        for wanted in (ids[:1] * 10_000, ids):
+            rpc = rpc_pb2.RPC()
+            rpc.control.iwant.add(messageIDs=wanted)
+            await throw(host, victim, "/meshsub/1.1.0", encode_varint_prefixed(bytes_of(rpc)))
+        assert len(sent) == 2
+        assert sent[0] < 110_000 and MIB < sent[1] < gossip_answer_bytes_max + 110_000
+        await alice.publish("blocks", b"x")
+
+
+@trio_test
+async def test_rpcs_of_nothing_but_control_messages_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with swarm() as (alice, check), attacker(alice) as (host, victim):
+        topic, router = next(iter(alice._gossip._subscribers)), alice._gossip._router
+        grafts = rpc_pb2.RPC()
+        for _ in range(10_000):
+            grafts.control.graft.add(topicID=topic)
+        await throw(host, victim, "/meshsub/1.1.0", encode_varint_prefixed(bytes_of(grafts)))
+        assert alice.counters.penalties == 1
+        asked: list[int] = []
+
+        async def emit_iwant(ids: list[bytes], peer: object) -> None:
+            asked.append(len(ids))
+
+        monkeypatch.setattr(router, "emit_iwant", emit_iwant)
+        ihave = rpc_pb2.RPC()
+        ihave.control.ihave.add(topicID=topic, messageIDs=[b"%08x" % i for i in range(9_000)])
+        ihave.control.idontwant.add(messageIDs=[b"%08x" % i for i in range(9_000)])
+        await throw(host, victim, "/meshsub/1.1.0", encode_varint_prefixed(bytes_of(ihave)))
+        assert asked == [gossip_ids_max]
+        assert not any(router.dont_send_message_ids.values())
+        assert alice.counters.penalties == 1
+        await check()
+
+
+def bytes_of(rpc: rpc_pb2.RPC) -> bytes:
+    data: bytes = rpc.SerializeToString()
+    return data
 
 
 @trio_test

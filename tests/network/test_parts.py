@@ -5,6 +5,7 @@ import random
 
 import pytest
 import trio
+from multiaddr import Multiaddr
 
 from blyan_node.network.addressbook import AddressBook
 from blyan_node.network.addresses import (
@@ -16,7 +17,7 @@ from blyan_node.network.addresses import (
     split_peer,
 )
 from blyan_node.network.fanout import Fanout
-from blyan_node.network.gossip import Pace, Recent
+from blyan_node.network.pace import Pace, Recent
 from blyan_node.network.peers import PeerTable, Scores
 from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import Refused, RemoteProtocolError
@@ -33,7 +34,10 @@ from protocols.ids import NetworkId, PeerId, cid
 from protocols.limits import (
     ban_s,
     gossip_burst_max,
+    gossip_bytes_per_token,
     gossip_per_s_max,
+    hearsay_dials_max,
+    hearsay_per_peer_max,
     hello_addrs_max,
     hello_peers_max,
     known_peer_s_max,
@@ -70,6 +74,11 @@ def peer(number: int) -> PeerId:
         ("/ip4/192.0.2.7/tcp/4040/ws", False),
         ("/ip4/300.0.2.7/tcp/4040", False),
         ("/unix/x/tcp/1", False),
+        ("/ip4/::1/tcp/1", False),
+        ("/ip6/fe80::1%eth0/tcp/1", False),
+        ("/dns4/a b/tcp/1", False),
+        ("/ip4/192.0.2.7/tcp/+40", False),
+        ("/ip4/192.0.2.7/tcp/65536", False),
         ("/ip4", False),
         ("", False),
         ("/ip4/192.0.2.7/tcp/4040" + "0" * 200, False),
@@ -83,6 +92,8 @@ def test_10_000_texts_that_peers_may_call_addresses() -> None:
     chance = random.Random(1)
     parts = [
         "/",
+        "/ip4/192.0.2.7",
+        "/tcp/",
         "ip4",
         "ip6",
         "dns",
@@ -98,7 +109,8 @@ def test_10_000_texts_that_peers_may_call_addresses() -> None:
     ]
     for _ in range(10_000):
         text = "".join(chance.choices(parts, k=chance.randrange(9)))
-        assert isinstance(dialable(text), bool)
+        if dialable(text):
+            Multiaddr(text)
         with contextlib.suppress(RemoteProtocolError):
             split_peer(text)
 
@@ -148,7 +160,7 @@ def test_backoff_doubles_to_its_limit_with_jitter_from_the_seed() -> None:
         now, waited = 0.0, []
         for _ in range(10):
             entries.failed(BOB, now)
-            due = entries.next_due(())
+            due = entries.next_due(now, ())
             assert due is not None
             waited.append(due - now)
             now = due
@@ -199,14 +211,78 @@ def test_peers_out_of_reach_are_forgotten_and_bootstrap_peers_never() -> None:
     assert entries.due(11.0, ()) == []
 
 
-def test_the_book_is_bounded() -> None:
+def test_the_book_is_bounded_and_has_room_for_who_speaks_for_himself() -> None:
     entries = book()
+    entries.add_bootstrap(BOB, ADDR)
+    entries.learn(CAROL, [ADDR], 0.0)
+    entries.connected(CAROL, 0.0)
     for i in range(known_peers_max + 10):
-        entries.learn(peer(i), [f"/ip4/192.0.2.7/tcp/{i + 1}"], 0.0)
+        entries.learn(peer(i), [f"/ip4/192.0.2.7/tcp/{i + 1}"], float(i))
     assert len(entries._entries) == known_peers_max
+    assert BOB in entries and CAROL in entries and peer(0) not in entries
+    assert peer(known_peers_max + 9) in entries
+    last = peer(known_peers_max)
     for port in range(1, 1000):
-        entries.learn(peer(0), [f"/ip4/192.0.2.8/tcp/{port}"], 0.0)
-    assert len(entries.addrs(peer(0))) <= 2 * hello_addrs_max
+        entries.learn(last, [f"/ip4/192.0.2.8/tcp/{port}"], 0.0)
+        entries.hear(last, [f"/ip4/192.0.2.9/tcp/{port}"], 0.0, BOB)
+        entries.worked(last, f"/ip4/192.0.2.10/tcp/{port}")
+    assert len(entries.addrs(last)) <= 2 * hello_addrs_max
+
+
+def test_one_liar_cannot_fill_the_book_nor_push_anybody_out() -> None:
+    entries = book()
+    for i in range(500):
+        entries.hear(peer(i), [ADDR], 0.0, CAROL)
+    assert len(entries._entries) == hearsay_per_peer_max
+    tellers = [peer(10_000 + i) for i in range(known_peers_max)]
+    for i, teller in enumerate(tellers):  # many liars share what there is
+        for j in range(3):
+            entries.hear(peer(20_000 + 3 * i + j), [ADDR], 0.0, teller)
+    assert len(entries._entries) == known_peers_max
+    entries.hear(BOB, [ADDR], 0.0, Identity.from_seed(bytes([77]) * 32).peer_id)
+    assert BOB in entries  # a new teller is heard all the same
+    dave = peer(77_777)
+    entries.learn(dave, [ADDR], 0.0)
+    assert dave in entries and entries.due(0.0, ())[0] == dave
+
+
+def test_hearsay_displaces_nothing_that_is_better_known() -> None:
+    entries = book()
+    lies = [f"/ip4/198.51.100.1/tcp/{port}" for port in range(1, 1 + hello_addrs_max)]
+    other = "/ip4/192.0.2.8/tcp/1"
+    entries.learn(BOB, [ADDR, other], 0.0)
+    entries.failed(BOB, 0.0)
+    due = entries.next_due(0.0, ())
+    entries.hear(BOB, lies, 0.1, CAROL)
+    assert entries.addrs(BOB) == [ADDR, other, *lies]
+    assert entries.next_due(0.1, ()) == due  # and lies are no reason to dial sooner
+    entries.failed(BOB, 1.0)
+    assert entries.addrs(BOB) == [ADDR, other]
+    entries.hear(BOB, lies, 1.0, CAROL)
+    entries.learn(BOB, [other], 2.0)
+    assert entries.addrs(BOB) == [other]
+
+
+def test_who_is_known_by_hearsay_alone_is_dialled_last_and_soon_forgotten() -> None:
+    entries = book()
+    entries.hear(CAROL, [ADDR], 0.0, ALICE)
+    entries.learn(BOB, [ADDR], 0.0)
+    assert entries.teller(CAROL) is not None and entries.teller(BOB) is None
+    assert entries.due(0.0, ()) == [BOB, CAROL]
+    for _ in range(hearsay_dials_max):
+        assert CAROL in entries
+        for known in (BOB, CAROL):
+            entries.failed(known, 0.0)
+    assert CAROL not in entries and BOB in entries
+    entries.hear(CAROL, [ADDR], 0.0, ALICE)
+    entries.learn(CAROL, [ADDR], 0.0)  # it came itself
+    assert entries.teller(CAROL) is None
+
+
+def test_nothing_is_due_later_while_what_is_due_waits_for_room() -> None:
+    entries = book()
+    entries.learn(BOB, [ADDR], 0.0)
+    assert entries.due(5.0, ()) == [BOB] and entries.next_due(5.0, ()) is None
 
 
 def test_the_address_that_worked_is_tried_first() -> None:
@@ -358,6 +434,8 @@ def test_pace() -> None:
     assert sum(pace.allows(BOB, 0.0) for _ in range(2 * gossip_burst_max)) == gossip_burst_max
     assert pace.allows(CAROL, 0.0)
     assert sum(pace.allows(BOB, 1.0) for _ in range(1000)) == gossip_per_s_max
+    large = gossip_bytes_per_token * 9
+    assert sum(pace.allows(BOB, 2.0, large) for _ in range(100)) == gossip_per_s_max // 10
 
 
 def test_recent() -> None:

@@ -1,50 +1,21 @@
 """Nodes in processes of their own: SIGKILL, coming back, and a link that goes silent."""
 
-import json
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
 
 from blyan_node.network import greeting
+from blyan_node.network.addressbook import Entry
 from blyan_node.network.errors import PeerGone
-from blyan_node.network.interface import PeerDown, PeerEvent, PeerUp
+from blyan_node.network.interface import PeerDown, PeerUp
 from blyan_node.network.network import Network
 from blyan_node.testing.echo_node import PROTOCOL, Echo, build
+from blyan_node.testing.processes import echo_process, peer_of, wait_for
 from blyan_node.testing.trio_tests import trio_test
-from protocols.ids import PeerId
 from protocols.signing import Identity
-
-
-@contextmanager
-def process(seed: int, *bootstrap: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An echo node; the process and its first address."""
-    command = [sys.executable, "-m", "blyan_node.testing.echo_node", str(seed), *bootstrap]
-    node = subprocess.Popen(command, stdout=subprocess.PIPE)
-    try:
-        assert node.stdout is not None
-        yield node, json.loads(node.stdout.readline())["addrs"][0]
-    finally:
-        node.kill()
-        node.wait()
-        if node.stdout is not None:
-            node.stdout.close()
-
-
-async def wait_for(
-    events: trio.MemoryReceiveChannel[PeerEvent], kind: type[PeerEvent], peer: PeerId
-) -> None:
-    async for event in events:
-        if isinstance(event, kind) and event.peer.peer_id == peer:
-            return
-
-
-def peer_of(addr: str) -> PeerId:
-    return PeerId(addr.rpartition("/")[2])
 
 
 @trio_test
@@ -53,7 +24,7 @@ async def test_a_killed_process_fails_its_requests_at_once_and_its_successor_is_
     events = alice.peer_events()
     async with trio.open_nursery() as nursery:
         await nursery.start(alice.run)
-        with process(2, alice.addrs[0]) as (bob, addr):
+        with echo_process(2, alice.addrs[0]) as (bob, addr):
             peer = peer_of(addr)
             with trio.fail_after(10):
                 await wait_for(events, PeerUp, peer)
@@ -73,7 +44,7 @@ async def test_a_killed_process_fails_its_requests_at_once_and_its_successor_is_
                 await gone.wait()
                 await wait_for(events, PeerDown, peer)
             assert peer not in alice.peers
-        with process(2, alice.addrs[0]), trio.fail_after(15):
+        with echo_process(2, alice.addrs[0]), trio.fail_after(15):
             await wait_for(events, PeerUp, peer)
             await alice.request(peer, PROTOCOL, Echo(b"again"))
         nursery.cancel_scope.cancel()
@@ -84,7 +55,7 @@ async def test_one_bootstrap_address_finds_all_others() -> None:
     alice = build(1)
     async with trio.open_nursery() as nursery:
         await nursery.start(alice.run)
-        with process(2, alice.addrs[0]) as (_, bob), process(3, bob) as (_, carol):
+        with echo_process(2, alice.addrs[0]) as (_, bob), echo_process(3, bob) as (_, carol):
             dave = build(4, (carol,))
             await nursery.start(dave.run)
             wanted = {alice.peer_id, peer_of(bob), peer_of(carol)}
@@ -146,7 +117,8 @@ async def test_a_silent_link_is_noticed_on_both_sides_and_comes_back() -> None:
                     await wait_for(events[node], PeerUp, other.peer_id)
             proxy.silent = True
             # as if the machines were apart: the one way to alice is the proxy, to bob there is none
-            bob._book._entries[alice.peer_id].addrs = [addr.rpartition("/p2p/")[0]]
+            link = addr.rpartition("/p2p/")[0]
+            bob._book._entries[alice.peer_id] = Entry(given=[link])
             alice._book._entries.clear()
             with trio.fail_after(30):
                 for node, other in both:
@@ -162,6 +134,6 @@ async def test_a_silent_link_is_noticed_on_both_sides_and_comes_back() -> None:
 
 
 def test_the_processes_are_who_they_say() -> None:
-    with process(5) as (_, addr):
+    with echo_process(5) as (_, addr):
         assert peer_of(addr) == Identity.from_seed(bytes([5]) * 32).peer_id
         assert greeting.PROTOCOL == "/blyan/hello/1"

@@ -346,6 +346,48 @@ async def test_a_bug_in_a_handler_stops_the_node_loudly() -> None:
 
 
 @trio_test
+async def test_a_hello_whose_sender_has_left_makes_no_peer() -> None:
+    async with pair() as (alice, bob, _):
+        ghost = Identity.from_seed(bytes([9]) * 32).peer_id
+        hello = bob._greeting.ours()
+        await alice._greeting.answer(ghost, hello)  # its connection ended while this was decoded
+        assert set(alice.peers) == {bob.peer_id}
+
+
+@trio_test
+async def test_hellos_in_a_row_are_answered_and_learnt_from_once() -> None:
+    async with pair() as (alice, bob, _):
+        learnt = []
+        alice._book.learn = lambda *told: learnt.append(told)  # type: ignore[method-assign]
+        for _ in range(20):
+            await bob.request(alice.peer_id, "/blyan/hello/1", bob._greeting.ours())
+        assert len(learnt) <= 1
+
+
+@trio_test
+async def test_openings_that_are_given_up_leak_no_streams() -> None:
+    async with pair() as (alice, bob, _):
+        before = len(alice._swarm.get_connections()[0].get_streams())
+        for _ in range(30):
+            with trio.move_on_after(0):
+                await alice.request(bob.peer_id, ECHO, Echo("hi"))
+            with trio.move_on_after(0.001):
+                await alice.request(bob.peer_id, ECHO, Echo("hi"))
+        assert await alice.request(bob.peer_id, ECHO, Echo("hi")) == Echo("HI")
+        assert len(alice._swarm.get_connections()[0].get_streams()) <= before + 1
+        assert not alice._exchange._opening
+
+
+@trio_test
+async def test_leaving_before_hello_costs_nothing() -> None:
+    alice = node(1)
+    async with running(alice):
+        stranger = Identity.from_seed(bytes([9]) * 32).peer_id
+        assert not await alice._members.may_ask(stranger, ECHO)
+        assert alice.counters.penalties == 0
+
+
+@trio_test
 async def test_connecting_to_nobody() -> None:
     alice = node(1)
     stranger = Identity.from_seed(bytes([9]) * 32).peer_id

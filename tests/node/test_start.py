@@ -177,3 +177,17 @@ def test_an_unknown_measurement_is_exit_3_and_the_known_ones_are_named() -> None
 def test_the_program_itself_tells_wrong_usage_apart_from_no_node() -> None:
     line = [sys.executable, "-m", "blyan_node", "nothing"]
     assert subprocess.run(line, capture_output=True, check=False).returncode == 3
+
+
+@pytest.mark.parametrize("command", [("--help",), ("init", "--json", "--home")])
+def test_whoever_has_read_enough_of_the_output_sees_no_traceback(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [*BLYAN, *command, *([str(tmp_path / "alice")] if "init" in command else [])]
+    with open(writing, "wb") as closed:
+        done = subprocess.run(
+            line, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "")

@@ -89,8 +89,8 @@ def test_cancelling() -> None:
     list(answerer.receive(drain(asker)))
     asker.cancel(running)
     assert list(answerer.receive(drain(asker))) == [Cancelled(running)]
+    assert drain(answerer) == b"" and asker.in_flight == 1  # until the work on it has ended
     answerer.reply(running, b"too late")
-    assert asker.in_flight == 1
     assert list(asker.receive(drain(answerer))) == [] and asker.in_flight == 0
 
     crossing = asker.ask(b"crossing")
@@ -126,6 +126,41 @@ def test_what_may_be_in_flight_is_bounded_on_both_sides() -> None:
     list(answerer.receive(drain(asker)))
     with pytest.raises(RemoteProtocolError, match="bytes in flight"):
         list(answerer.receive(frame(FrameKind.REQUEST, 1000, 1, b"x")))
+
+
+def test_cancelling_does_not_make_room_for_more_work() -> None:
+    answerer = Answerer()
+    for request in range(1, in_flight_requests_max + 1):
+        sent = frame(FrameKind.REQUEST, request, 1, b"x") + frame(FrameKind.CANCEL, request, 0, b"")
+        assert list(answerer.receive(sent)) == [Asked(request, b"x"), Cancelled(request)]
+    with pytest.raises(RemoteProtocolError, match="requests in flight"):
+        list(answerer.receive(frame(FrameKind.REQUEST, 1000, 1, b"x")))
+
+
+def test_a_request_is_in_flight_until_its_reply_has_left() -> None:
+    answerer = Answerer()
+    for request in range(1, in_flight_requests_max + 1):
+        list(answerer.receive(frame(FrameKind.REQUEST, request, 1, b"x")))
+        answerer.reply(request, bytes(100))
+    assert answerer.unsent_bytes == 100 * in_flight_requests_max
+    with pytest.raises(RemoteProtocolError, match="requests in flight"):
+        list(answerer.receive(frame(FrameKind.REQUEST, 1000, 1, b"x")))
+
+    answerer = Answerer()
+    list(answerer.receive(frame(FrameKind.REQUEST, 1, 1, b"x")))
+    answerer.reply(1, bytes(message_bytes_max))
+    while answerer.unsent_bytes:
+        with pytest.raises(RemoteProtocolError, match="twice"):
+            list(answerer.receive(frame(FrameKind.REQUEST, 1, 1, b"x")))
+        answerer.take()
+    list(answerer.receive(frame(FrameKind.REQUEST, 1, 1, b"x")))
+
+
+def test_a_request_is_no_longer_than_the_protocols_longest_message() -> None:
+    answerer = Answerer(request_bytes_max=10)
+    assert list(answerer.receive(frame(FrameKind.REQUEST, 1, 10, bytes(10))))
+    with pytest.raises(RemoteProtocolError, match="of 11 bytes, at most 10"):
+        list(answerer.receive(frame(FrameKind.REQUEST, 2, 11, b"x")))
 
 
 REQUEST, CANCEL, REPLY, REFUSAL = FrameKind

@@ -8,10 +8,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blyan_node.services.chain import ReleaseAccepted, UpdateAccepted
-from blyan_node.testing.blocks import Author, Made
+from blyan_node.testing.blocks import NOW_MS, Author, Made
 from blyan_node.testing.chain_nodes import ChainNode, running
 from blyan_node.testing.network import NETWORK, Fabric
 from blyan_node.testing.trio_tests import trio_test
+from protocols import limits
 from protocols.dag.heads import heads_of
 from protocols.errors import ErrorCode, LocalProtocolError, Refused, RemoteProtocolError
 from protocols.ids import cid_text
@@ -286,6 +287,27 @@ async def test_a_clock_that_is_set_back_ends_nobody(tmp_path: Path) -> None:
         fabric.heal()
         await alice.publish([update])
         await bob.has([update])
+
+
+@trio_test
+async def test_an_honest_peer_whose_clock_is_ahead_keeps_its_score(tmp_path: Path) -> None:
+    """What it passes on is refused as long as it is early here, by gossip and by its log."""
+    fabric = Fabric()
+    alice, bob = (ChainNode(fabric, n, tmp_path) for n in ("alice", "bob"))
+    clock = bob.chain.clock_ms
+    bob.chain.clock_ms = lambda: NOW_MS - limits.clock_drift_ms_max - 60_000
+    async with running(alice, bob):
+        published = alice.author.publish()
+        await alice.publish(published)
+        while not bob.network.counters.gossip_refused:
+            await trio.sleep(0)
+        for _ in range(8):  # more than a ban takes
+            bob.sync.poke(alice.peer_id)
+            await trio.sleep(0.05)
+        assert not bob.network._scores.get(alice.peer_id) and not bob.log
+        bob.chain.clock_ms = clock
+        bob.sync.poke(alice.peer_id)
+        await bob.has(published)
 
 
 @trio_test

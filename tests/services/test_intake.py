@@ -1,6 +1,7 @@
 """What a peer can make a node keep, and for how long."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,24 @@ from protocols.dag import admission
 from protocols.dag.admission import Accepted, Duplicate, Parked, Staged
 from protocols.errors import RemoteProtocolError
 from protocols.ids import BlockId
+from storage import keys
 from storage.memory import MemoryEngine
 from storage.store import Store
 
 ALICE = Author("alice")
 PUBLISHED = ALICE.publish(subjects=[f"layer0.expert{i}" for i in range(5)])
+
+
+class CountingEngine(MemoryEngine):
+    """Notes the keys that are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gets: list[bytes] = []
+
+    def get(self, key: bytes) -> bytes | None:
+        self.gets.append(key)
+        return super().get(key)
 
 
 @pytest.fixture
@@ -60,6 +74,22 @@ def test_a_batch_is_decided_in_its_order_and_its_outcomes_come_first(store: Stor
     assert (outcomes[-1].block.id, outcomes[-1].source) == (update.id, "bob")
     again = intake.take([PUBLISHED[-1].block], {}, "carol")
     assert isinstance(again[0].verdict, Duplicate)
+
+
+def test_a_new_header_costs_two_lookups(tmp_path: Path) -> None:
+    """One when it is decided about, one when it is written; its parent is looked up once a page."""
+    index = CountingEngine()
+    store = Store(index, MemoryEngine(), tmp_path, free_bytes=lambda: 1 << 40)
+    intake = Intake(store)
+    give(store, intake, PUBLISHED[0], "bob")
+    parts = PUBLISHED[1:-1]
+    rows = {made.manifest_id: (made.manifest, made.manifest_bytes) for made in parts}
+    index.gets.clear()
+    outcomes = intake.take([made.block for made in parts], rows, "bob")
+    assert all(isinstance(outcome.verdict, Staged) for outcome in outcomes)
+    asked = Counter(key for key in index.gets if key.startswith(keys.BLOCK.tag))
+    new = {keys.BLOCK.key(made.id): 2 for made in parts}
+    assert asked == new | {keys.BLOCK.key(PUBLISHED[0].id): 1}
 
 
 def test_publishes_that_never_end_are_dropped_when_a_source_has_too_many(

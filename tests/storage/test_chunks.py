@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,33 @@ from protocols.errors import RemoteProtocolError
 from protocols.ids import chunk_hash
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
 from storage import keys
+from storage.engine import Row
 from storage.errors import BlockMissing, Corrupt, DiskFull
 from storage.fsck import check
 from storage.gc import collect, drop_body, make_room, pack
 from storage.mapped import let_pages_go
+from storage.memory import MemoryEngine
 from storage.packs import ALIGNMENT
 from storage.pins import Pin
-from storage.store import open_store
+from storage.store import Store, open_store
 from storage.tensors import cut
 
 CHUNK = limits.chunk_bytes
+
+
+class CountingEngine(MemoryEngine):
+    """Counts the rows that come, and how often the disk would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.syncs = 0
+
+    def batch(
+        self, puts: Sequence[Row], deletes: Sequence[bytes] = (), *, sync: bool = False
+    ) -> None:
+        super().batch(puts, deletes, sync=sync)
+        self.rows += len(puts)
+        self.syncs += sync
 
 
 @given(st.lists(st.binary(max_size=30), max_size=12), st.integers(1, 16))
@@ -50,6 +68,24 @@ def test_tensors_are_stored_once_per_content(make_store) -> None:
         later.write_tensor("c", Dtype.U8, (len(data),), [data])
     assert later.new_bytes == 0
     assert Manifest.decode(Manifest((first,)).encode()[1]).tensors == (first,)
+
+
+def test_each_chunk_is_written_once_and_the_disk_is_waited_for_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ingest_unsynced_bytes_max", 4 * limits.ingest_batch_bytes)
+    count = 10 * limits.ingest_batch_bytes // CHUNK
+    chunks, index = CountingEngine(), CountingEngine()
+    store = Store(index, chunks, tmp_path, free_bytes=lambda: 1 << 40)
+    before = index.syncs
+    with store.ingest() as ingest:
+        ingest.write_tensor(
+            "x", Dtype.U8, (count * CHUNK,), (os.urandom(CHUNK) for _ in range(count))
+        )
+    assert ingest.new_bytes == count * CHUNK
+    assert chunks.rows == count
+    assert chunks.syncs == 3  # at 4, 8 and 10 batches
+    assert index.syncs - before == 3  # behind each of these
 
 
 def test_a_chunk_that_is_not_its_hash_is_refused(make_store) -> None:

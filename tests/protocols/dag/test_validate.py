@@ -10,8 +10,8 @@ from blyan_node.testing.blocks import NOW_MS, Author, identity
 from protocols import limits, wire
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.dag.header import Block, Chain, Header, Kind
-from protocols.dag.validate import Stage, decode_block, is_staged, kind_of, stage_of
-from protocols.errors import RemoteProtocolError
+from protocols.dag.validate import Stage, decode_block, decode_blocks, is_staged, kind_of, stage_of
+from protocols.errors import NotYet, RemoteProtocolError
 from protocols.ids import BlockId, Subject, cid
 from protocols.signing import BLOCK_TAG
 from protocols.tensors.manifest import Manifest
@@ -48,6 +48,37 @@ def refused(data: bytes, stage: Stage, match: str | None = None) -> None:
 @pytest.mark.parametrize("made", [MODEL, PART, RELEASE], ids=["model", "part", "release"])
 def test_a_good_block_comes_back_as_it_was(made: Any) -> None:
     assert check(made.block.encode()) == made.block
+
+
+def test_many_at_once_come_back_in_their_order() -> None:
+    blocks = [RELEASE.block, MODEL.block, PART.block]
+    page = [block.encode() for block in blocks]
+    assert decode_blocks(page, network=NET, now_ms=LATER) == blocks
+    assert decode_blocks([], network=NET, now_ms=LATER) == []
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_one_bad_block_among_many_is_refused_at_its_stage(place: int) -> None:
+    page = [block.encode() for block in (MODEL.block, PART.block, RELEASE.block)]
+    for stage, bad in (
+        (Stage.DECODE, b"\xc1"),
+        (Stage.NETWORK, altered(PART.block, v=2)),
+        (Stage.SIGNATURE, wire.encode([PART.block.raw, bytes(64)])),
+        (Stage.KIND, altered(PART.block, time=LATER + limits.clock_drift_ms_max + 1)),
+    ):
+        with pytest.raises(RemoteProtocolError) as caught:
+            decode_blocks([*page[:place], bad, *page[place:]], network=NET, now_ms=LATER)
+        assert stage_of(caught.value) is stage
+
+
+def test_no_signature_of_a_page_is_looked_at_while_a_block_of_it_is_malformed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[BlockId] = []
+    monkeypatch.setattr(Block, "signature_holds", lambda block: looked.append(block.id) or True)
+    with pytest.raises(RemoteProtocolError, match="block/decode"):
+        decode_blocks([MODEL.block.encode(), b"\xc1"], network=NET, now_ms=LATER)
+    assert looked == []
 
 
 def test_oversize() -> None:
@@ -130,6 +161,23 @@ def test_each_malformed_field(made: Any, changes: dict[str, Any], match: str) ->
 def test_time_may_be_ahead_by_the_drift_and_as_old_as_it_likes() -> None:
     check(altered(MODEL.block, time=LATER + limits.clock_drift_ms_max))
     check(altered(MODEL.block, time=0))
+
+
+def test_who_passes_on_what_is_early_by_our_clock_may_have_the_right_one() -> None:
+    drift = limits.clock_drift_ms_max
+    for early in (LATER + drift + 1, LATER + 2 * drift):
+        with pytest.raises(NotYet, match="in the future"):
+            check(altered(MODEL.block, time=early))
+    for bad in (
+        altered(MODEL.block, time=LATER + 2 * drift + 1),
+        altered(MODEL.block, time=LATER + drift + 1, body=None),  # early, and wrong besides
+    ):
+        with pytest.raises(RemoteProtocolError) as refused:
+            check(bad)
+        assert not isinstance(refused.value, NotYet)
+    page = [altered(MODEL.block, time=LATER + drift + 1), altered(MODEL.block, body=None)]
+    with pytest.raises(RemoteProtocolError, match="body is not"):
+        decode_blocks(page, network=NET, now_ms=LATER)
 
 
 RAW = msgspec.msgpack.decode(MODEL.block.raw)
