@@ -7,7 +7,7 @@ peer does raises into it, so what does raise is a bug of ours and stops the node
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 from typing import Any
@@ -69,9 +69,7 @@ class Network:
         self._table = PeerTable()
         self._scores = Scores()
         self._book = AddressBook(self.peer_id, Random(config.seed))
-        for text in config.bootstrap:
-            addr, peer = parse_bootstrap(text)
-            self._book.add_bootstrap(peer, addr)
+        self._know(config.bootstrap)
         self._announced: tuple[Sequence[str], list[str]] = ((), [])
         self._look_again = 0.0
         self._host = build_host(identity, self)
@@ -101,6 +99,16 @@ class Network:
     def addrs(self) -> list[str]:
         """Where others can reach us."""
         return [str(addr) for addr in self._host.get_addrs()]
+
+    def add_bootstrap(self, addresses: Iterable[str]) -> None:
+        """Knows and dials these nodes from now on; raises `RemoteProtocolError` for a bad one."""
+        self._know(addresses)
+        self._dialer.wake()
+
+    def _know(self, bootstrap: Iterable[str]) -> None:
+        for text in bootstrap:
+            addr, peer = parse_bootstrap(text)
+            self._book.add_bootstrap(peer, addr)
 
     def handle(self, protocol: str, messages: Messages, handler: Handler) -> None:
         """Registers who answers on `protocol`."""
