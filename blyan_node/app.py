@@ -7,7 +7,7 @@ serve; the network outlasts them, so that adverts are withdrawn while there is o
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 
 import trio
@@ -19,6 +19,7 @@ from blyan_node.moe.profile import profile
 from blyan_node.network.interface import NetworkConfig
 from blyan_node.network.network import Network
 from blyan_node.parts import App
+from blyan_node.reloading import placement_config
 from blyan_node.rpc.handlers import handlers
 from blyan_node.rpc.server import RpcServer
 from blyan_node.services.authoring import Author
@@ -31,7 +32,7 @@ from blyan_node.services.gossip import Gossip
 from blyan_node.services.holding import Holding
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Models
-from blyan_node.services.placement import Placement, PlacementConfig
+from blyan_node.services.placement import Placement
 from blyan_node.services.publish import Publish
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Supply
@@ -42,7 +43,6 @@ from blyan_node.services.trunks import Trunks
 from blyan_node.services.update import Update
 from blyan_node.services.verify import Verify
 from protocols.hello import HelloSummary
-from protocols.ids import BlockId, peer_id_of
 from protocols.signing import Identity
 from storage.store import Store, open_store
 
@@ -117,7 +117,7 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
         layers=layers,
         generation=Generation(chain, store, models, texts, trunks, layers, compute),
         placement=Placement(
-            _placement(config, identity, store),
+            placement_config(config, identity, store),
             chain,
             store,
             supply,
@@ -137,7 +137,7 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
 async def run_app(
     config: Config,
     *,
-    on_ready: Callable[[Mapping[str, object]], None],
+    on_ready: Callable[[App], None],
     on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs a node until it is cancelled or asked to stop; `on_ready` is told once it serves.
@@ -172,41 +172,11 @@ async def _run_within(
         await network.run(task_status=task_status)
 
 
-async def _serve(app: App, on_ready: Callable[[Mapping[str, object]], None]) -> None:
+async def _serve(app: App, on_ready: Callable[[App], None]) -> None:
     """Runs the services; they end before the network does, so that they can say goodbye."""
     async with trio.open_nursery() as nursery:
         for service in (app.fetch, app.sync, app.gossip, app.serving, app.adverts, app.placement):
             await nursery.start(service.run)
         await nursery.start(app.texts.run)
         await nursery.start(RpcServer(app.config.rpc, handlers(app)).run)
-        on_ready(_readiness(app))
-
-
-def _placement(config: Config, identity: Identity, store: Store) -> PlacementConfig:
-    """What the node takes by itself: by plan, by list, or nothing; its own models and those of
-    listed authors.
-    """
-
-    def may_take(model: BlockId) -> bool:
-        if config.authors == "all":
-            return True
-        block = store.block(model)
-        return block is not None and (
-            block.header.author == identity.public
-            or peer_id_of(block.header.author) in config.authors
-        )
-
-    if isinstance(config.hold, str):
-        return PlacementConfig(config.hold, config.replicas, may_take=may_take)
-    return PlacementConfig("list", config.replicas, frozenset(config.hold), may_take)
-
-
-def _readiness(app: App) -> Mapping[str, object]:
-    return {
-        "peer_id": app.identity.peer_id,
-        "role": app.config.role,
-        "addrs": app.network.addrs,
-        "rpc": str(app.config.rpc),
-        "version": app.version,
-        "profile": app.profile,
-    }
+        on_ready(app)

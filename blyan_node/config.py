@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -152,7 +153,7 @@ def make_config(
         announce=tuple(chosen("announce", ())),
         bootstrap=tuple(chosen("bootstrap", ())),
         hold=DEFAULT_HOLD[role] if hold is None else parse_hold(hold),
-        memory_bytes=free_memory_bytes() // 2 if memory is None else parse_size(memory),
+        memory_bytes=_half_of_free_memory() if memory is None else parse_size(memory),
         disk_bytes=None if disk is None else parse_size(disk),
         threads=chosen("threads", None) or _cores(),
         replicas=chosen("replicas", 2),
@@ -226,6 +227,12 @@ def _authors(value: str | list[str]) -> Literal["all"] | tuple[PeerId, ...]:
     for peer in value:
         key_of(peer)
     return tuple(PeerId(peer) for peer in value)
+
+
+@cache
+def _half_of_free_memory() -> int:
+    """As it is when the process starts: what the node itself takes later is no reason for less."""
+    return free_memory_bytes() // 2
 
 
 def _cores() -> int:

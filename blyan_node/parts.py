@@ -56,3 +56,22 @@ class App:
     export: Export
     verify: Verify
     stop: Callable[[], None]
+
+    def readiness(self) -> dict[str, object]:
+        """What the node says of itself once it serves."""
+        return {
+            "peer_id": self.identity.peer_id,
+            "role": self.config.role,
+            "addrs": self.network.addrs,
+            "rpc": str(self.config.rpc),
+            "version": self.version,
+            "profile": self.profile,
+        }
+
+    def summary(self) -> str:
+        """One line for a service manager."""
+        stats, held = self.store.stats(), self.holding.advertised()
+        return (
+            f"{self.config.role}: {len(self.network.peers)} peers, {stats.accepted} blocks,"
+            f" {len(held)} experts held, {self.generation.running} requests running"
+        )

@@ -4,8 +4,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -13,7 +16,11 @@ from blyan_node.config import Config, Settings
 from blyan_node.home import create_home, is_home, open_home
 from blyan_node.logs import JsonLines, start_logging
 from blyan_node.rpc.refusals import leaves_of
+from blyan_node.supervisor import Supervisor
 from protocols.errors import Refused, RemoteProtocolError
+
+if TYPE_CHECKING:  # imported when the node starts: they bring torch and libp2p
+    from blyan_node.parts import App
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +43,12 @@ def start(
     """
     if not is_home(home):
         create_home(home, role=options.role or "main", network=network)
-    config = open_home(home, rpc=rpc, network=network, options=options)
+    read = partial(open_home, home, rpc=rpc, network=network, options=options)
+    config = read()
     lines = start_logging(as_json=as_json, verbose=verbose)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
     try:
-        trio.run(_serve, config, lines)
+        trio.run(_serve, config, read, lines)
     except ExceptionGroup as group:
         told = [e for e in leaves_of(group) if isinstance(e, Refused | RemoteProtocolError)]
         if not told:
@@ -51,21 +59,51 @@ def start(
     return 0
 
 
-async def _serve(config: Config, lines: JsonLines | None) -> None:
+async def _serve(config: Config, read: Callable[[], Config], lines: JsonLines | None) -> None:
+    supervisor, had_terminal = Supervisor.of(os.environ), _has_terminal()
     # Before the heavy imports, so that a signal during them is heeded too.
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with (
+        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as ends,
+        trio.open_signal_receiver(signal.SIGHUP) as hangups,
+    ):
         from blyan_node.app import run_app
+        from blyan_node.reloading import Reloading
 
-        def on_ready(document: Mapping[str, object]) -> None:
+        def on_ready(app: "App") -> None:
             if lines is not None:
-                lines.ready(document)
+                lines.ready(app.readiness())
             else:
-                print(_readiness(config, document), flush=True)
+                _say(_readiness(config, app.readiness()))
+            if supervisor is not None:
+                supervisor.ready(app.summary())
+                nursery.start_soon(supervisor.report, app.summary)
+            nursery.start_soon(follow_hangups, Reloading(app, config, read), app.summary)
+
+        async def follow_hangups(reloading: Reloading, summary: Callable[[], str]) -> None:
+            async for _ in hangups:
+                if had_terminal and not _has_terminal():  # it was the terminal that hung up
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                if supervisor is not None:
+                    supervisor.reloading()
+                await reloading.reload()
+                if supervisor is not None:
+                    supervisor.ready(summary())
+
+        def on_stop() -> None:
+            if supervisor is not None:
+                supervisor.stopping()
+            _end_by_force_later()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
-            await run_app(config, on_ready=on_ready, on_stop=_end_by_force_later)
+            nursery.start_soon(_stop_on_signal, ends, nursery.cancel_scope, on_stop)
+            await run_app(config, on_ready=on_ready, on_stop=on_stop)
             nursery.cancel_scope.cancel()
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody reads our output any more; the node goes on
+        print(text, flush=True)
 
 
 def _readiness(config: Config, document: Mapping[str, object]) -> str:
@@ -74,13 +112,24 @@ def _readiness(config: Config, document: Mapping[str, object]) -> str:
     return f"ready: {config.role} node {document.get('peer_id')}{listed}\n  rpc {config.rpc}"
 
 
-async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _stop_on_signal(
+    signals: AsyncIterator[int], scope: trio.CancelScope, on_stop: Callable[[], None]
+) -> None:
     async for number in signals:
         if scope.cancel_called:
             os._exit(1)  # asked twice: somebody does not want to wait for the drain
         log.info("%s: draining", signal.Signals(number).name)
-        _end_by_force_later()
+        on_stop()
         scope.cancel()
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _end_by_force_later() -> None:

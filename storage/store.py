@@ -93,6 +93,10 @@ class Store(Blocks):
         self._gate = threading.Condition()
         self._resources = contextlib.ExitStack()
 
+    def set_quota(self, quota_bytes: int | None) -> None:
+        """From now on the chunks may take this much; nothing is removed for it at once."""
+        self.chunks.quota_bytes = quota_bytes
+
     def __enter__(self) -> Self:
         return self
 

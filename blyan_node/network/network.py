@@ -5,7 +5,7 @@ peer does raises into it, so what does raise is a bug of ours and stops the node
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 from typing import Any
@@ -58,9 +58,7 @@ class Network:
         self.counters = Counters()
         self._listen = [parse_listen(addr) for addr in config.listen]
         self._book = AddressBook(self.peer_id, Random(config.seed))
-        for text in config.bootstrap:
-            addr, peer = parse_bootstrap(text)
-            self._book.add_bootstrap(peer, addr)
+        self._know(config.bootstrap)
         self._members = members = Membership(self.peer_id, self.counters, self._book)
         self._host = build_host(identity, members, Announced(config.announce))
         swarm = self._host.get_network()
@@ -88,6 +86,16 @@ class Network:
     def addrs(self) -> list[str]:
         """Where others can reach us."""
         return [str(addr) for addr in self._host.get_addrs()]
+
+    def add_bootstrap(self, addresses: Iterable[str]) -> None:
+        """Knows and dials these nodes from now on; raises `RemoteProtocolError` for a bad one."""
+        self._know(addresses)
+        self._dialer.wake()
+
+    def _know(self, bootstrap: Iterable[str]) -> None:
+        for text in bootstrap:
+            addr, peer = parse_bootstrap(text)
+            self._book.add_bootstrap(peer, addr)
 
     def handle(self, protocol: str, messages: Messages, handler: Handler) -> None:
         """Registers who answers on `protocol`."""

@@ -9,7 +9,7 @@ withdraws its own.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
@@ -113,6 +113,10 @@ class Adverts:
     def holders_with_self(self, block: BlockId) -> Sequence[PeerId]:
         """Every node that holds `block`, this one included."""
         return self.directory.holders(block)
+
+    def set_auto(self, auto: bool) -> None:
+        """Whether the next adverts say that this node takes experts by plan."""
+        self.config = replace(self.config, auto=auto)
 
     def queue_of(self, peer: PeerId) -> int:
         """How many requests waited at `peer` when it last said so."""

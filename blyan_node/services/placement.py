@@ -88,6 +88,17 @@ class Placement:
         await self._let_superseded_go()
         return acted
 
+    async def configure(self, config: PlacementConfig) -> None:
+        """Goes by `config` from the next round on; lets go what only the one before asked for."""
+        before, self._config = self._config, config
+        no_more = before.subjects - config.subjects
+        for held in self._holding.held():
+            by_plan = held.reason is Reason.PLACEMENT and config.mode != "auto"
+            subject = expert_subject(held.what.layer, held.what.expert)
+            listed = held.reason is Reason.ORDER and subject in no_more
+            if by_plan or listed:
+                await self._holding.drop(held.what.block)
+
     def replicas(self, model: BlockId) -> int:
         """The holders of the expert of `model` that has the fewest; 0 if it has no experts."""
         counts = [len(self._adverts.holders_with_self(block)) for block in self._experts(model)]

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from blyan_node.app import run_app
 from blyan_node.config import Settings
 from blyan_node.home import create_home, open_home
+from blyan_node.parts import App
 from blyan_node.rpc.ask import ask
 from blyan_node.rpc.handlers import HANDLERS
 from blyan_node.testing.checkpoints import make_checkpoint
@@ -39,8 +40,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterato
     config = open_home(home, rpc=None, network=None, options=options)
     ready = threading.Event()
 
-    def on_ready(document: Mapping[str, object]) -> None:
-        assert document["rpc"] == str(config.rpc)
+    def on_ready(app: App) -> None:
+        assert app.readiness()["rpc"] == str(config.rpc)
         ready.set()
 
     async def run() -> None:

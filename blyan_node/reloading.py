@@ -1,0 +1,101 @@
+"""A new configuration for a node that runs: what takes effect at once, and what a start takes.
+
+The file is read again with the command line's options still on top of it. A configuration that is
+wrong changes nothing.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blyan_node.config import KEYS, Config
+from blyan_node.parts import App
+from blyan_node.services.placement import PlacementConfig
+from protocols.errors import Refused, RemoteProtocolError
+from protocols.ids import BlockId, peer_id_of
+from protocols.signing import Identity
+from storage.store import Store
+
+log = logging.getLogger(__name__)
+
+LIVE = ("bootstrap", "hold", "disk", "replicas", "authors")
+"""The keys of `config.toml` that take effect without a new start."""
+
+_FIELDS = {"memory": "memory_bytes", "disk": "disk_bytes"}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The keys whose values differ: those that take effect now, and those that wait."""
+
+    live: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+
+def changes(before: Config, after: Config) -> Changes:
+    """What a node that runs with `before` is to do about `after`."""
+    differ = [key for key in KEYS if _value(before, key) != _value(after, key)]
+    return Changes(
+        tuple(key for key in differ if key in LIVE),
+        tuple(key for key in differ if key not in LIVE),
+    )
+
+
+def _value(config: Config, key: str) -> Any:
+    return getattr(config, _FIELDS.get(key, key))
+
+
+class Reloading:
+    """Applies configurations to one node. `read` reads the home again, as `start` did."""
+
+    def __init__(self, app: App, config: Config, read: Callable[[], Config]) -> None:
+        self._app = app
+        self._config = config
+        self._read = read
+
+    async def reload(self) -> Changes:
+        """Reads the configuration and applies what can be; says the rest in the log."""
+        try:
+            after = self._read()
+        except (Refused, RemoteProtocolError, OSError) as error:
+            log.error("the configuration was not read again, nothing has changed: %s", error)
+            return Changes((), ())
+        found = changes(self._config, after)
+        await self._apply(after, found.live)
+        taken = {_FIELDS.get(key, key): _value(after, key) for key in found.live}
+        self._config = replace(self._config, **taken)
+        log.info("configuration read again; changed: %s", ", ".join(found.live) or "nothing")
+        if found.waiting:
+            log.warning("changed in config.toml, but in use from the next start only: %s",
+                        ", ".join(found.waiting))  # fmt: skip
+        return found
+
+    async def _apply(self, after: Config, live: tuple[str, ...]) -> None:
+        app = self._app
+        if "bootstrap" in live:
+            app.network.add_bootstrap(after.bootstrap)
+        if "disk" in live:
+            app.store.set_quota(after.disk_bytes)
+        if set(live) & {"hold", "replicas", "authors"}:
+            app.adverts.set_auto(after.hold == "auto")
+            await app.placement.configure(placement_config(after, app.identity, app.store))
+
+
+def placement_config(config: Config, identity: Identity, store: Store) -> PlacementConfig:
+    """What the node takes by itself: by plan, by list, or nothing; its own models and those of
+    listed authors.
+    """
+
+    def may_take(model: BlockId) -> bool:
+        if config.authors == "all":
+            return True
+        block = store.block(model)
+        return block is not None and (
+            block.header.author == identity.public
+            or peer_id_of(block.header.author) in config.authors
+        )
+
+    if isinstance(config.hold, str):
+        return PlacementConfig(config.hold, config.replicas, may_take=may_take)
+    return PlacementConfig("list", config.replicas, frozenset(config.hold), may_take)
