@@ -15,6 +15,7 @@ from libp2p.abc import IHost
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
 from libp2p.custom_types import TProtocol
+from libp2p.host.exceptions import StreamFailure
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.pubsub.pb import rpc_pb2
@@ -35,6 +36,7 @@ from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.limits import (
     MIB,
+    dht_streams_per_peer_max,
     gossip_answer_bytes_max,
     gossip_ids_max,
     streams_per_peer_max,
@@ -298,6 +300,30 @@ async def test_streams_without_end_are_reset() -> None:
         streams = [await conn.muxed_conn.open_stream() for _ in range(streams_per_peer_max + 40)]
         await trio.sleep(0.5)
         assert sum(1 for stream in streams if getattr(stream, "closed")) >= 40  # noqa: B009
+        await check()
+
+
+@trio_test
+async def test_streams_that_are_held_open_do_not_keep_others_from_the_dht(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("blyan_node.network.providers.dht_stream_s_max", 1)
+    async with swarm() as (alice, check), attacker(alice) as (host, victim):
+        held = []
+        for _ in range(14):
+            try:
+                stream = await host.new_stream(victim, [TProtocol("/ipfs/kad/1.0.0")])
+                await stream.write(b"\x20")  # the length of a message that does not come
+                held.append(stream)
+            except StreamFailure:
+                pass  # beyond what one peer may have open
+        dht = alice._providers._dht
+        with trio.fail_after(5):
+            while dht._inbound_limiter.borrowed_tokens != dht_streams_per_peer_max:
+                await trio.sleep(0.05)
+            while dht._inbound_limiter.borrowed_tokens:
+                await trio.sleep(0.05)
+        assert not dht._serving
         await check()
 
 

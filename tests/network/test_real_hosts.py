@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 import trio
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
 
 from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.interface import NetworkConfig, PeerDown, PeerEvent, PeerNetwork, PeerUp
@@ -15,6 +17,7 @@ from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.hello import HelloSummary
 from protocols.ids import NetworkId, PeerId, cid
+from protocols.limits import provider_records_max, providers_max
 from protocols.signing import Identity
 from protocols.wire import Messages
 
@@ -228,6 +231,34 @@ async def test_providers_are_found_through_others_and_asked_for_anew() -> None:
         assert carol.peer_id in await alice.find_providers(keys[0])
         assert await alice.find_providers(keys[1]) == []
         bob.withdraw(keys[0])
+
+
+@trio_test
+async def test_provider_records_are_bounded_and_a_liar_pushes_out_only_his_own() -> None:
+    alice = node(1)
+    dht = alice._providers._dht
+    liar, bob = (
+        PeerInfo(ID.from_base58(Identity.from_seed(bytes([n]) * 32).peer_id), []) for n in (7, 2)
+    )
+    dht.provider_store.add_provider(cid(b"bob's")[2:], bob)
+    for i in range(provider_records_max + 50):
+        dht.make_room()
+        dht.provider_store.add_provider(cid(b"lie %d" % i)[2:], liar)
+    kept = dht.provider_store.providers
+    assert len(kept) == sum(map(len, kept.values())) == provider_records_max
+    assert cid(b"bob's")[2:] in kept and cid(b"lie 0")[2:] not in kept
+    await trio.lowlevel.checkpoint()
+
+
+@trio_test
+async def test_providers_who_are_connected_come_first() -> None:
+    async with pair() as (alice, bob, _):
+        key, store = cid(b"model"), alice._providers._dht.provider_store
+        for i in range(30, 30 + providers_max - 1):  # said to be providers by whoever likes
+            made_up = ID.from_base58(Identity.from_seed(bytes([i]) * 32).peer_id)
+            store.add_provider(key[2:], PeerInfo(made_up, []))
+        store.add_provider(key[2:], PeerInfo(ID.from_base58(bob.peer_id), []))
+        assert (await alice.find_providers(key))[0] == bob.peer_id
 
 
 @pytest.mark.slow
