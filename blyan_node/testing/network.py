@@ -7,14 +7,13 @@ autojumping clock no test waits for them.
 """
 
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
+from blyan_node.network.errors import PeerGone
 from blyan_node.network.fanout import Fanout, Queue
 from blyan_node.network.interface import (
     Counters,
@@ -27,13 +26,12 @@ from blyan_node.network.interface import (
     Topic,
     Validator,
 )
-from protocols.errors import ErrorCode as Code
-from protocols.errors import LocalProtocolError, NotYet, Refused, RemoteProtocolError
+from blyan_node.testing.calls import Calls
+from protocols.errors import LocalProtocolError, NotYet, RemoteProtocolError
 from protocols.hello import HelloSummary
 from protocols.ids import NetworkId, PeerId, cid
 from protocols.limits import (
     gossip_message_bytes_max,
-    handlers_per_peer_max,
     peer_events_max,
     request_s_max,
 )
@@ -91,6 +89,11 @@ class Fabric:
             and not self.nodes[b].bans(a)
         )
 
+    def calls_of(self, peer: PeerId) -> Calls | None:
+        """A node's side of its calls; None if it does not run."""
+        node = self.nodes.get(peer)
+        return node.calls if node else None
+
     async def pass_time(self) -> None:
         """One message's way; always a checkpoint."""
         await trio.sleep(self.random.uniform(*self.weather.delay_s))
@@ -137,26 +140,24 @@ class TwinNetwork:
         self.peers: dict[PeerId, Peer] = {}
         self.counters = Counters()
         self.summary = HelloSummary()
-        self._handlers: dict[str, tuple[Messages, Handler]] = {}
+        self.calls = Calls(self.peer_id, fabric, self.counters, self.penalise)
         self._topics: dict[str, list[tuple[Validator, Queue[tuple[PeerId, bytes]]]]] = {}
         self._seen: set[tuple[str, bytes]] = set()
         self._events = Fanout[PeerEvent]()
         self._scores: dict[PeerId, float] = {}
-        self._pending: dict[PeerId, dict[trio.CancelScope, None]] = {}
-        self._limiters: dict[PeerId, trio.CapacityLimiter] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Is part of the fabric until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+            self._nursery = self.calls.nursery = nursery
             self._fabric.join(self)
             try:
                 task_status.started()
                 await trio.sleep_forever()
             finally:
                 self._fabric.leave(self)
-                self._nursery = None
+                self._nursery = self.calls.nursery = None
 
     def kill(self) -> None:
         """Ends `run` from outside, as SIGKILL would."""
@@ -165,9 +166,7 @@ class TwinNetwork:
 
     def handle(self, protocol: str, messages: Messages, handler: Handler) -> None:
         """Registers who answers on `protocol`."""
-        if protocol in self._handlers:
-            raise LocalProtocolError(f"{protocol} has a handler already")
-        self._handlers[protocol] = (messages, handler)
+        self.calls.handle(protocol, messages, handler)
 
     async def request(
         self, peer: PeerId, protocol: str, message: object, *, timeout_s: float = request_s_max
@@ -175,81 +174,7 @@ class TwinNetwork:
         """Asks another node of the fabric."""
         if peer not in self.peers:
             raise PeerGone(peer, "not connected")
-        codec = self._fabric.nodes[peer].codec(protocol, peer)
-        sent = codec.encode(message)
-        self.counters.requests_sent += 1
-        self.counters.bytes_out += len(sent)
-        with trio.move_on_after(timeout_s) as late, self._guard(peer) as cut:
-            reply = await self._round_trip(peer, protocol, sent)
-            self.counters.bytes_in += len(reply)
-            return codec.decode(reply)
-        if cut.cancelled_caught:
-            raise PeerGone(peer, "the connection was cut")
-        assert late.cancelled_caught
-        raise RequestTimeout(peer, protocol, timeout_s)
-
-    async def _round_trip(self, peer: PeerId, protocol: str, sent: bytes) -> bytes:
-        await self._fabric.pass_time()
-        if self._fabric.lost():
-            await trio.sleep_forever()
-        node = self._fabric.nodes.get(peer)
-        if node is None:
-            raise PeerGone(peer, "it left while the request was on its way")
-        answered = trio.Event()
-        outcome: list[bytes | Exception] = []
-
-        async def serve() -> None:
-            outcome.append(await node.serve(self.peer_id, protocol, sent))
-            answered.set()
-
-        serving = trio.CancelScope()
-        node.nursery.start_soon(_within, serving, serve)
-        try:
-            await answered.wait()
-        finally:
-            serving.cancel()
-        await self._fabric.pass_time()
-        if isinstance(outcome[0], Refused):
-            raise PeerRefused(peer, outcome[0])
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-    @contextmanager
-    def _guard(self, peer: PeerId) -> Iterator[trio.CancelScope]:
-        with trio.CancelScope() as cut:
-            pending = self._pending.setdefault(peer, {})
-            pending[cut] = None
-            try:
-                yield cut
-            finally:
-                pending.pop(cut, None)
-
-    async def serve(self, peer: PeerId, protocol: str, data: bytes) -> bytes | Exception:
-        """Answers one request of `peer`; what the asker is to see as an exception is returned."""
-        if protocol not in self._handlers:
-            return Refused(Code.NOT_FOUND, f"{protocol} is not spoken here", "")
-        messages, handler = self._handlers[protocol]
-        self.counters.requests_served += 1
-        self.counters.bytes_in += len(data)
-        limiter = self._limiters.setdefault(peer, trio.CapacityLimiter(handlers_per_peer_max))
-        async with limiter:
-            try:
-                reply = messages.encode(await handler(peer, messages.decode(data)))
-            except Refused as refused:
-                return refused
-            except RemoteProtocolError as error:
-                self.penalise(peer, error)
-                return Refused(Code.BAD_INPUT, "the request is malformed", str(error))
-        self.counters.bytes_out += len(reply)
-        return reply
-
-    def codec(self, protocol: str, asker: PeerId) -> Messages:
-        """The messages of `protocol`, or PeerRefused as the asker would see it."""
-        if protocol not in self._handlers:
-            refused = Refused(Code.NOT_FOUND, f"{protocol} is not spoken here", "")
-            raise PeerRefused(self.peer_id, refused)
-        return self._handlers[protocol][0]
+        return await self.calls.request(peer, protocol, message, timeout_s)
 
     @property
     def nursery(self) -> trio.Nursery:
@@ -361,16 +286,10 @@ class TwinNetwork:
     def drop(self, peer: PeerId) -> None:
         """For the fabric: the connection to `peer` is gone, with all that was asked of it."""
         if gone := self.peers.pop(peer, None):
-            for cut in self._pending.pop(peer, {}):
-                cut.cancel()
+            self.calls.cut(peer)
             self._events.put(PeerDown(gone))
 
     def disconnect_all(self) -> None:
         """For the fabric: we left."""
         for peer in list(self.peers):
             self.drop(peer)
-
-
-async def _within(scope: trio.CancelScope, work: Callable[[], Awaitable[None]]) -> None:
-    with scope:
-        await work()

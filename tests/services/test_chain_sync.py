@@ -179,8 +179,8 @@ class Liar:
         self.pages: list[LogPage] = []
         self.blocks: dict[bytes, bytes] = {}
         node.sync._answer = self.answer  # type: ignore[method-assign, assignment]
-        node.network._handlers[SYNC_PROTOCOL] = (
-            node.network._handlers[SYNC_PROTOCOL][0],
+        node.network.calls.handlers[SYNC_PROTOCOL] = (
+            node.network.calls.handlers[SYNC_PROTOCOL][0],
             self.answer,
         )
 

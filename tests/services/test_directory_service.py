@@ -189,8 +189,8 @@ async def test_nobody_can_give_the_advert_of_another() -> None:
         async def lie(peer: PeerId, message: object) -> AdvertReply:
             return reply
 
-        messages, _ = carol.network._handlers[PROTOCOL]
-        carol.network._handlers[PROTOCOL] = (messages, lie)
+        messages, _ = carol.network.calls.handlers[PROTOCOL]
+        carol.network.calls.handlers[PROTOCOL] = (messages, lie)
         before = alice.network.counters.penalties
         await alice.adverts._ask(carol.id)
         assert alice.network.counters.penalties == before + 1

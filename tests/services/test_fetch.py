@@ -102,8 +102,8 @@ async def test_a_lying_peer_is_scored_and_replaced(tmp_path: Path) -> None:
             assert isinstance(message, ChunksRequest)
             return Chunks([bytes(limits.chunk_bytes) for _ in message.hashes])
 
-        codec, _ = mallory.network._handlers[CHUNKS_PROTOCOL]
-        mallory.network._handlers[CHUNKS_PROTOCOL] = (codec, lie)
+        codec, _ = mallory.network.calls.handlers[CHUNKS_PROTOCOL]
+        mallory.network.calls.handlers[CHUNKS_PROTOCOL] = (codec, lie)
         parts = [m.id for m in published[1:4]]
         bob.holders = {part: [mallory.peer_id] for part in parts}
         by_peer: Counter[PeerId] = Counter()
@@ -121,8 +121,8 @@ async def test_answers_of_the_wrong_shape_cost_score_too(tmp_path: Path) -> None
         async def lie(peer: PeerId, message: object) -> Chunks:
             return Chunks([])
 
-        codec, _ = alice.network._handlers[CHUNKS_PROTOCOL]
-        alice.network._handlers[CHUNKS_PROTOCOL] = (codec, lie)
+        codec, _ = alice.network.calls.handlers[CHUNKS_PROTOCOL]
+        alice.network.calls.handlers[CHUNKS_PROTOCOL] = (codec, lie)
         with pytest.raises(Refused, match=r"layer0\.expert0 cannot be fetched"):
             await mallory.fetch.fetch([published[1].id])
         assert mallory.network._scores[alice.peer_id] < 0

@@ -335,7 +335,7 @@ async def test_a_busy_worker_is_passed_over(
 
 
 def answers_of(node: SwarmNode) -> tuple[Messages, Handler]:
-    return node.network._handlers[PROTOCOL]
+    return node.network.calls.handlers[PROTOCOL]
 
 
 def liar(node: SwarmNode, twist: Callable[[bytes], bytes]) -> None:
@@ -346,7 +346,7 @@ def liar(node: SwarmNode, twist: Callable[[bytes], bytes]) -> None:
         reply = await honest(peer, message)
         return Activated(twist(reply.data)) if isinstance(reply, Activated) else reply
 
-    node.network._handlers[PROTOCOL] = (messages, lie)
+    node.network.calls.handlers[PROTOCOL] = (messages, lie)
 
 
 NAN = np.array([np.nan], "<f4").tobytes()
@@ -385,7 +385,7 @@ async def test_a_hung_worker_is_hedged_and_then_avoided(
             await trio.sleep_forever()
             raise AssertionError
 
-        told.bob.network._handlers[PROTOCOL] = (messages, hang)
+        told.bob.network.calls.handlers[PROTOCOL] = (messages, hang)
         result = await told.alice.generation.generate(ask(), nobody)
         assert result.token_ids == truth.generate(PROMPT, 12)
         assert 0 < result.stats.retries < 10
