@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blyan_node.testing.daemons import Testnet
+from blyan_node.testnet import state
 
 NAME = "bench"
 PROMPT = list(range(3, 19))
@@ -19,7 +20,8 @@ def running_net(folder: Path, roles: list[str], *options: str) -> Iterator[Testn
         net.run("up", "--nodes", str(len(roles)), "--roles", ",".join(roles), *options)
         yield net
     finally:
-        net.run("down")
+        if (folder / state.FILE).exists():  # else none was started
+            net.run("down")
 
 
 @contextmanager

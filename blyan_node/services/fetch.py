@@ -214,7 +214,9 @@ class Fetch:
         found: list[bytes | None] = []
         for name in hashes:
             try:
-                found.append(self._store.get_chunk(ChunkHash(name)))
+                data = self._store.get_chunk(ChunkHash(name))
+                self._store.count_read(0 if data is None else len(data))
+                found.append(data)
             except Corrupt as error:
                 log.error("%s", error)
                 found.append(None)

@@ -21,20 +21,28 @@ class CommandFailed(AssertionError):
 
 def blyan(*arguments: object, code: int = 0, timeout_s: float = COMMAND_S) -> Any:
     """Runs `blyan-node … --json` and returns its document; an exit code other than `code` fails."""
-    done = subprocess.run(
+    # In a session of its own: Ctrl-C is for us, and what we have started is ended in order.
+    child = subprocess.Popen(
         [sys.executable, "-m", "cli.main", *map(str, arguments), "--json"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-        check=False,
+        start_new_session=True,
     )
-    if done.returncode != code:
+    with child:
+        try:
+            out, err = child.communicate(timeout=timeout_s)
+        except BaseException:  # Ctrl-C, or it takes too long: a `testnet up` ends its daemons
+            child.terminate()
+            child.communicate()
+            raise
+    if child.returncode != code:
         raise CommandFailed(
-            f"blyan-node {' '.join(map(str, arguments))}: exit {done.returncode}, not {code}\n"
-            f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            f"blyan-node {' '.join(map(str, arguments))}: exit {child.returncode}, not {code}\n"
+            f"{out[-2000:]}\n{err[-4000:]}"
         )
-    assert "Traceback" not in done.stderr, done.stderr
-    return json.loads(done.stdout) if done.stdout.strip() else None
+    assert "Traceback" not in err, err
+    return json.loads(out) if out.strip() else None
 
 
 @dataclass
