@@ -37,7 +37,7 @@ CMD ["/srv/models/smollm2"]
 
 FROM python:${PYTHON} AS node
 RUN apt-get update -qq && \
-    apt-get install -y -qq --no-install-recommends libgmp10 && \
+    apt-get install -y -qq --no-install-recommends libgmp10 libstdc++6 && \
     rm -rf /var/lib/apt/lists/* && \
     install -d -m 0700 -o 1000 -g 1000 /var/lib/blyan
 COPY --from=build /opt/blyan /opt/blyan
