@@ -9,6 +9,7 @@ from multiaddr import Multiaddr
 
 from blyan_node.network.addressbook import AddressBook
 from blyan_node.network.host import GuardedSwarm
+from blyan_node.network.names import resolved
 from protocols.ids import PeerId
 from protocols.limits import (
     dial_peer_s_max,
@@ -94,7 +95,7 @@ class Dialer:
         for addr in self._book.addrs(peer):
             try:
                 with trio.fail_at(min(deadline, trio.current_time() + dial_s_max)):
-                    await self._swarm.dial_addr(Multiaddr(addr), ID.from_base58(peer))
+                    await self._dial_first(await resolved(addr), ID.from_base58(peer))
             except trio.TooSlowError:
                 why = f"{addr}: no answer in time"
             except Exception as error:  # py-libp2p's errors share no base
@@ -104,3 +105,14 @@ class Dialer:
                 return None
         self._book.failed(peer, trio.current_time())
         return why
+
+    async def _dial_first(self, addrs: list[str], peer: ID) -> None:
+        """Dials the first of a name's addresses that answers; raises what the last one did."""
+        for addr in addrs[:-1]:
+            try:
+                await self._swarm.dial_addr(Multiaddr(addr), peer)
+            except Exception as error:  # py-libp2p's errors share no base
+                log.debug("dialling %s failed: %s", addr, error)
+            else:
+                return
+        await self._swarm.dial_addr(Multiaddr(addrs[-1]), peer)
