@@ -12,12 +12,15 @@ from libp2p.abc import IHost
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
+from libp2p.custom_types import TProtocol
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service.context import background_trio_service
+from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 
 from blyan_node.network.errors import PeerGone
@@ -192,6 +195,27 @@ async def test_any_sign_of_life_keeps_a_connection() -> None:
             await wire.say.send(PONG)
         assert not wire.closed.is_set()
         await muxed.abort()
+
+
+@pytest.mark.slow
+@trio_test
+async def test_other_software_is_answered_and_its_connection_stays() -> None:
+    alice = build(1)
+    async with running(alice), stranger(alice) as host:
+        victim = ID.from_base58(alice.peer_id)
+        await trio.sleep(DEAD_AFTER_S + 2 * ping_every_s)  # it answers pings as the standard says
+        (conn,) = alice._swarm.get_connections(host.get_id())
+        assert not conn.is_closed
+        ping = await host.new_stream(victim, [TProtocol("/ipfs/ping/1.0.0")])
+        await ping.write(b"p" * 32)
+        assert await ping.read(32) == b"p" * 32
+        identify = await host.new_stream(victim, [TProtocol("/ipfs/id/1.0.0")])
+        assert b"/meshsub/1.1.0" in await identify.read(8192)
+        find = await host.new_stream(victim, [TProtocol("/ipfs/kad/1.0.0")])
+        message = Message(type=Message.MessageType.FIND_NODE, key=victim.to_bytes())
+        await find.write(encode_varint_prefixed(message.SerializeToString()))
+        assert await find.read(8192)
+        assert alice.counters.penalties == 0
 
 
 @pytest.mark.slow

@@ -14,10 +14,16 @@ from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.interface import NetworkConfig, PeerDown, PeerEvent, PeerNetwork, PeerUp
 from blyan_node.network.network import Network
 from blyan_node.testing.trio_tests import trio_test
-from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+from protocols.errors import (
+    ErrorCode,
+    LocalProtocolError,
+    NotYet,
+    Refused,
+    RemoteProtocolError,
+)
 from protocols.hello import HelloSummary
 from protocols.ids import NetworkId, PeerId, cid
-from protocols.limits import provider_records_max, providers_max
+from protocols.limits import gossip_message_bytes_max, provider_records_max, providers_max
 from protocols.signing import Identity
 from protocols.wire import Messages
 
@@ -187,6 +193,36 @@ async def test_gossip_reaches_all_once() -> None:
                 got = {(await inbox.receive())[1] for _ in range(50)}
             assert got == {b"message %d" % i for i in range(50)}
         assert inboxes[1].statistics().current_buffer_used == 0
+
+
+@trio_test
+async def test_a_validator_that_refuses_costs_score_and_one_that_waits_does_not() -> None:
+    alice, heard = node(1), list[bytes]()
+
+    def judge(peer: PeerId, data: bytes) -> None:
+        heard.append(data)
+        if data == b"bad":
+            raise RemoteProtocolError("test", "bad")
+        if data == b"early":
+            raise NotYet("test", "early")
+
+    inbox = alice.subscribe("blocks", judge, 10)
+    async with running(alice) as nursery:
+        bob = node(2, alice.addrs[0])
+        events = bob.peer_events()
+        await nursery.start(bob.run)
+        await up(events, alice.peer_id)
+        await trio.sleep(1.5)  # the mesh forms with a heartbeat
+        for data, penalties in ((b"early", 0), (b"bad", 1), (b"good", 1)):
+            await bob.publish("blocks", data)
+            with trio.fail_after(5):
+                while data not in heard:
+                    await trio.sleep(0.02)
+            assert alice.counters.penalties == penalties
+        assert await inbox.receive() == (bob.peer_id, b"good")
+        assert inbox.statistics().current_buffer_used == 0
+        with pytest.raises(LocalProtocolError, match="a gossip message of"):
+            await bob.publish("blocks", bytes(gossip_message_bytes_max + 1))
 
 
 @trio_test
