@@ -10,7 +10,7 @@ import msgspec
 from blyan_node.bench.rows import Row
 from protocols.errors import RemoteProtocolError
 
-# The module of each measurement; it has `measure() -> list[Row]`.
+# The module of each measurement; it has `measure()`, which gives or yields rows.
 MEASUREMENTS = {
     "verify-1000": "verifying",
     "open-100000": "opening",
@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "decode-float32": "decoding",
     "decode-swarm": "swarm",
     "widening": "widening",
+    "memory": "memory",
     "scale": "scale",
 }
 WHEN_NAMED = {"scale"}  # takes minutes and gigabytes

@@ -6,7 +6,6 @@ Pages of files can be taken back at any time, own ones cannot.
 """
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Self
 
 from storage.packs import SUFFIX
 
-SAMPLE_S = 0.005
 _TABLES = (".ldb", ".sst")
 _DELETED = " (deleted)"
 
@@ -85,14 +83,15 @@ class Peaks:
     """
 
     pids: Mapping[str, int]
+    every_s: float = 0.005
     peak: dict[str, int] = field(default_factory=dict)
+    seen: int = 0  # samples so far
 
     def __enter__(self) -> Self:
         self._sample()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peaks", daemon=True)
         self._thread.start()
-        self.begun = time.monotonic()
         return self
 
     def __exit__(
@@ -101,15 +100,15 @@ class Peaks:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.seconds = time.monotonic() - self.begun
         self._stop.set()
         self._thread.join()
         self._sample()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
+        while not self._stop.wait(self.every_s):
             self._sample()
 
     def _sample(self) -> None:
+        self.seen += 1
         for name, pid in self.pids.items():
             self.peak[name] = max(self.peak.get(name, 0), own_bytes(pid))

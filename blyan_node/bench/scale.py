@@ -9,7 +9,7 @@ expert is computed by the main node, all logits are finite, and the answer begin
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ DISK_BYTES = 20_000_000_000
 PROMPT = [7919 * n % 200_000 for n in range(1, 161)]  # longer than the window
 DECODED_TOKENS = 24
 STEP_S = 1800
+SAMPLE_S = 0.1
 MEGABYTE = 1e6
 READ_BYTES = 1 << 28
 KERNELS = "ratio >= 0.45 with the contract kernels, a later step"
@@ -56,7 +57,7 @@ class _Answered:
     seconds: float
 
 
-def measure() -> list[Row]:
+def measure() -> Iterator[Row]:
     """Times of each step, and the memory of each node beside what it holds."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blyan-bench-")))
@@ -68,14 +69,13 @@ def measure() -> list[Row]:
         net = stack.enter_context(running_net(scratch / "net", ROLES, "--memory", MEMORY))
         pids = {name: node.pid for name, node in net.nodes.items() if node.pid}
         idle = {name: footprint(pid).own for name, pid in pids.items()}
-        peaks = stack.enter_context(Peaks(pids))
-        rows = _published(net["alice"], model, size, copied)
+        peaks = stack.enter_context(Peaks(pids, SAMPLE_S))
+        yield from _published(net["alice"], model, size, copied)
         shutil.rmtree(model)
-        rows += _answers(net["alice"], scratch)
+        yield from _answers(net["alice"], scratch)
         for name, node in net.nodes.items():
             stats, now = node("expert", "stats"), footprint(pids[name])
-            rows.append(_memory(name, stats, now, {"idle": idle[name], "peak": peaks.peak[name]}))
-    return rows
+            yield _memory(name, stats, now, {"idle": idle[name], "peak": peaks.peak[name]})
 
 
 def _require_disk(folder: Path) -> None:
@@ -90,16 +90,15 @@ def _require_disk(folder: Path) -> None:
         )
 
 
-def _published(alice: Node, model: Path, size: int, copied: float) -> list[Row]:
+def _published(alice: Node, model: Path, size: int, copied: float) -> Iterator[Row]:
     """The model becomes blocks, and every expert gets one holder, and then all that it should."""
     publish = partial(alice, "model", "publish", model, "--name", NAME, timeout_s=STEP_S)
     rate = size / MEGABYTE / seconds(publish)
     beside = {"plain copy with fsync": size / MEGABYTE / copied}
-    rows = [_row("publish", "MB/s", rate, beside, "ratio >= 0.8 on an idle machine")]
+    yield _row("publish", "MB/s", rate, beside, "ratio >= 0.8 on an idle machine")
     for replicas in (1, REPLICAS):
         wait = partial(alice, "model", "wait", NAME, "--replicas", replicas, timeout_s=STEP_S)
-        rows.append(_row(f"{replicas} of each expert", "s", seconds(wait)))
-    return rows
+        yield _row(f"{replicas} of each expert", "s", seconds(wait))
 
 
 def _answers(alice: Node, scratch: Path) -> list[Row]:

@@ -1,0 +1,41 @@
+"""Whose memory it is: own pages, packs, LevelDB's files, programs."""
+
+import mmap
+import os
+from pathlib import Path
+
+from blyan_node.bench.footprint import Peaks, footprint, own_bytes
+
+SIZE = 32 << 20
+SLACK = 4 << 20
+
+
+def test_pages_count_for_what_they_are_from(tmp_path: Path) -> None:
+    before = footprint(os.getpid())
+    opened = []
+    for name in ("one.pack", "000001.ldb", "one.so"):
+        (tmp_path / name).write_bytes(b"x" * SIZE)
+        with (tmp_path / name).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_READ)
+        assert mapped[:: mmap.PAGESIZE].count(b"x") == SIZE // mmap.PAGESIZE
+        opened.append(mapped)
+    (tmp_path / "one.pack").unlink()  # what is let go is mapped until its last user is done
+    copied = b"x" * SIZE
+    after = footprint(os.getpid())
+    for what in ("own", "packs", "tables", "programs"):
+        assert abs(getattr(after, what) - getattr(before, what) - SIZE) < SLACK, what
+    assert after.total == after.own + after.packs + after.tables + after.programs
+    assert abs(own_bytes(os.getpid()) - after.own) < SLACK
+    assert len(copied) == SIZE and all(mapped.close() is None for mapped in opened)
+
+
+def test_a_peak_is_seen_that_is_over() -> None:
+    before = own_bytes(os.getpid())
+    with Peaks({"me": os.getpid(), "nobody": 2**22 + 1}, every_s=0.001) as peaks:
+        copied = bytearray(b"x") * SIZE
+        seen = peaks.seen
+        while peaks.seen < seen + 2:
+            pass
+        del copied
+    assert SIZE - SLACK < peaks.peak["me"] - before < SIZE + 4 * SLACK
+    assert peaks.peak["nobody"] == 0
