@@ -36,7 +36,6 @@ from blyan_node.services.placement import Placement
 from blyan_node.services.publish import Publish
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Supply
-from blyan_node.services.surveying import Surveying
 from blyan_node.services.sync import Sync
 from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
@@ -126,7 +125,6 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
             identity.peer_id,
         ),
         publish=Publish(store, chain, author, authoring),
-        surveying=Surveying(store, identity.public, config.data, authoring),
         update=Update(store, chain, author, authoring),
         export=Export(store, supply, files),
         verify=Verify(store, files),

@@ -18,7 +18,6 @@ from blyan_node.services.placement import Placement
 from blyan_node.services.publish import Publish
 from blyan_node.services.serving import Serving
 from blyan_node.services.supply import Supply
-from blyan_node.services.surveying import Surveying
 from blyan_node.services.sync import Sync
 from blyan_node.services.texts import Texts
 from blyan_node.services.update import Update
@@ -51,7 +50,6 @@ class App:
     generation: Generation
     placement: Placement
     publish: Publish
-    surveying: Surveying
     update: Update
     export: Export
     verify: Verify

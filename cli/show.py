@@ -155,24 +155,6 @@ def published(document: dict[str, Any]) -> None:
     )
 
 
-def surveyed(document: dict[str, Any]) -> None:
-    """`model.survey`: a publish that was not done."""
-    pairs(
-        [
-            ("name", document["name"]),
-            ("model", document["model"] or "new"),
-            ("root", document["root"] or "new"),
-            ("new blocks", document["blocks"]),
-            ("experts", document["experts"]),
-            ("size", size(document["bytes"])),
-            ("to store", size(document["new_bytes"])),
-            ("stored already", size(document["reused_bytes"])),
-            ("would take", f"about {document['estimate_s']:.1f} s"),
-        ]
-    )
-    click.echo("nothing was written")
-
-
 def verified(document: dict[str, Any]) -> None:
     """`model.verify`, `chain.verify` and `fsck`."""
     what = f"{document['blocks']} blocks"

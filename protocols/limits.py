@@ -35,7 +35,6 @@ model_file_bytes_max = 64 * MIB
 
 # Storage
 disk_reserve_bytes = 192 * MIB  # what LevelDB may still need to sort what it has taken
-survey_sample_bytes = 64 * MIB  # of a model, to see how fast it would be stored
 ingest_batch_bytes = MIB  # small: what was hashed is still in a cache when it is written
 ingest_batches_waiting_max = 8
 ingest_unsynced_bytes_max = 512 * MIB  # what is hashed again after a crash in a publish

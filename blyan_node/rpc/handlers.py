@@ -18,7 +18,6 @@ HANDLERS: Mapping[str, Handler] = {
     "node.stop": node.stop,
     "network.show": node.network,
     "model.publish": model.publish,
-    "model.survey": model.survey,
     "model.list": model.list_models,
     "model.show": model.show,
     "model.fetch": model.fetch,

@@ -44,22 +44,6 @@ async def publish(app: App, request: model.PublishRequest, context: Context) -> 
     )
 
 
-async def survey(app: App, request: model.SurveyRequest, context: Context) -> model.SurveyResult:
-    """What publishing a directory would do."""
-    found = await app.surveying.survey(Path(request.path), request.name, context.progress)
-    return model.SurveyResult(
-        model=None if found.model is None else cid_text(found.model),
-        name=request.name,
-        root=None if found.root is None else root_text(found.root),
-        blocks=found.blocks,
-        experts=found.experts,
-        bytes=found.bytes,
-        reused_bytes=found.reused_bytes,
-        new_bytes=found.new_bytes,
-        estimate_s=found.estimate_s,
-    )
-
-
 async def list_models(app: App, request: model.ListRequest, context: Context) -> model.ListResult:
     """The models that the node knows, by name."""
     found = [_info(app, block) for block in app.chain.models().values()]

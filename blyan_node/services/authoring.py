@@ -18,6 +18,7 @@ from protocols.signing import Identity
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
 from storage.blocks import ManifestRow
 from storage.store import Store
+from storage.tensors import Ingest
 
 ClockMs = Callable[[], int]
 Pieces = Iterable[bytes | memoryview]
@@ -30,15 +31,6 @@ class Submits(Protocol):
         self, blocks: Sequence[Block], manifests: Sequence[ManifestRow], source: None
     ) -> object:
         """Decides about blocks of our own and announces what is accepted."""
-
-
-class Takes(Protocol):
-    """Takes tensors; `storage.tensors.Ingest` and `storage.survey.Survey` do."""
-
-    def write_tensor(
-        self, name: str, dtype: Dtype, shape: tuple[int, ...], pieces: Iterable[bytes | memoryview]
-    ) -> TensorEntry:
-        """Takes the raw little-endian bytes of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +105,10 @@ class Author:
         return Block.create(header, self.identity)
 
 
-def write_files(takes: Takes, files: Mapping[str, bytes]) -> Body:
+def write_files(ingest: Ingest, files: Mapping[str, bytes]) -> Body:
     """Small files as a body of U8 tensors named by file name."""
     return Body.of(
-        takes.write_tensor(name, Dtype.U8, (len(data),), (data,))
+        ingest.write_tensor(name, Dtype.U8, (len(data),), (data,))
         for name, data in sorted(files.items())
     )
 

@@ -7,7 +7,7 @@ behind them. Of a model that has a release already, subjects with other bytes be
 of the current heads under a new release; nothing changed means no new block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,26 @@ from pathlib import Path
 import trio
 
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.services.authoring import Author, Body, Place, Submits, require_accepted
-from blyan_node.services.comparing import Compared, Comparison
+from blyan_node.services.authoring import (
+    Author,
+    Body,
+    Place,
+    Submits,
+    require_accepted,
+    write_files,
+)
 from blyan_node.services.supply import Progress, silent
-from blyan_node.services.surveying import make_sure_of_room
+from blyan_node.services.watched import Watched
 from protocols.dag.header import Block, Kind
 from protocols.dag.heads import first_releases, follow
 from protocols.dag.release import ENTRY, encode_release
-from protocols.ids import BlockId, Root, Subject, model_root
+from protocols.errors import ErrorCode, Refused
+from protocols.ids import BlockId, Root, Subject, cid_text, model_root
 from protocols.tensors.manifest import Dtype
 from storage.gc import collect
 from storage.pins import Pin
 from storage.store import Store
 from storage.tensors import Ingest
-
-Meta = Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,7 @@ class Publish:
 
     def _write(self, path: Path, name: str, progress: Progress) -> _Draft:
         checkpoint = Checkpoint.open(path)
-        public = self._author.identity.public
-        make_sure_of_room(self._store, public, checkpoint, name)
-        comparison = Comparison(self._store, public, checkpoint, name, progress)
-        meta = {"name": name, "family": checkpoint.config.family}
-        writing = _Writing(self._store, self._author, comparison, meta)
+        writing = _Writing(self._store, self._author, checkpoint, name, progress)
         with self._store.ingest() as ingest:
             draft = writing.draft(ingest)
         # Before anybody is told: whatever ends this process now, what was told of is kept.
@@ -116,46 +117,102 @@ class Publish:
 class _Writing:
     """One run over a directory, on the authoring thread."""
 
-    def __init__(self, store: Store, author: Author, comparison: Comparison, meta: Meta) -> None:
+    def __init__(
+        self, store: Store, author: Author, checkpoint: Checkpoint, name: str, progress: Progress
+    ) -> None:
         self._store = store
         self._author = author
-        self._comparison = comparison
-        self._meta = meta
+        self._checkpoint = checkpoint
+        self._name = name
+        total = checkpoint.size + sum(map(len, checkpoint.files.values()))
+        self._watched = Watched(progress, total, name)
 
     def draft(self, ingest: Ingest) -> _Draft:
         """Stages what is new; returns when all of it is stored."""
         model, fresh = self._model(ingest)
+        heads = self._store.heads(model)
+        staged = self._staged_parts(model)
         subjects: dict[Subject, BlockId] = {}
-        for part in self._comparison.subjects(ingest, model):
-            fresh += part.changed
-            subjects[part.subject] = part.known or self._stage(ingest, model, part)
+        for part in self._checkpoint.subjects:
+            body = self._body(ingest, part.subject)
+            head = heads.get(part.subject)
+            if head is not None and self._has_body(head, body):
+                subjects[part.subject] = head
+                continue
+            fresh += 1
+            found = staged.get((part.subject, body.id, head))
+            if found is None:
+                place = Place(part.kind, model, part.subject, head, {"staged": 1})
+                block = self._author.block(place, body)
+                ingest.stage(block, *body.row)
+                found = block.id
+            subjects[part.subject] = found
         ingest.flush()
         reused = ingest.reused_bytes
-        release = None
-        if subjects != self._store.heads(model):
-            release = self._release(ingest, model, subjects)
+        release = None if subjects == heads else self._release(ingest, model, subjects)
         fresh += release is not None
-        return _Draft(model, subjects, release, fresh, self._comparison.size, reused)
+        self._watched.end()
+        return _Draft(model, subjects, release, fresh, self._watched.total, reused)
 
     def _model(self, ingest: Ingest) -> tuple[BlockId, int]:
         """The model block: the one that is there, or a new one that is staged."""
-        accepted = self._comparison.accepted()  # refuses before anything is written
-        body = self._comparison.files(ingest)
-        if accepted is not None:
-            return accepted, 0
-        for block in self._comparison.staged():
-            if block.header.body == body.id:
-                return block.id, 1
-            self._store.unstage(self._store.staged(block.id))  # of a publish that never ended
-        block = self._author.block(Place(Kind.MODEL, meta=self._meta), body)
+        body = write_files(ingest, self._checkpoint.files)
+        self._watched.add(body.manifest.size)
+        for id in self._store.models():
+            block = self._store.block(id)
+            if block is not None and self._is_ours(block):
+                self._require_same(block, body)
+                return id, 0
+        for id in self._store.staged_models():
+            block = self._store.block(id)
+            if block is not None and self._is_ours(block):
+                if block.header.body == body.id:
+                    return id, 1
+                self._store.unstage(self._store.staged(id))  # of a publish that never ended
+        meta = {"name": self._name, "family": self._checkpoint.config.family}
+        block = self._author.block(Place(Kind.MODEL, meta=meta), body)
         ingest.stage(block, *body.row)
         return block.id, 1
 
-    def _stage(self, ingest: Ingest, model: BlockId, part: Compared) -> BlockId:
-        place = Place(part.kind, model, part.subject, part.head, {"staged": 1})
-        block = self._author.block(place, part.body)
-        ingest.stage(block, *part.body.row)
-        return block.id
+    def _is_ours(self, block: Block) -> bool:
+        header = block.header
+        return header.author == self._author.identity.public and header.meta["name"] == self._name
+
+    def _require_same(self, block: Block, body: Body) -> None:
+        """Refuses another configuration under a name; says in which files it differs."""
+        if block.header.body == body.id:
+            return
+        _, manifest = self._store.body(block.id)
+        before = {entry.name: entry for entry in manifest.tensors}
+        after = {entry.name: entry for entry in body.manifest.tensors}
+        names = sorted(n for n in before | after if before.get(n) != after.get(n))
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"{self._name} was not published",
+            f"you have published a model of this name with other {', '.join(names)[:200]}",
+            "Publish it under another name, or with the files that it had.",
+            {"model": cid_text(block.id), "name": self._name, "files": names},
+        )
+
+    def _staged_parts(self, model: BlockId) -> dict[tuple[Subject, bytes, BlockId | None], BlockId]:
+        """What an interrupted publish left: (subject, body, base) → block."""
+        found: dict[tuple[Subject, bytes, BlockId | None], BlockId] = {}
+        for id in self._store.staged(model):
+            block = self._store.block(id)
+            if block is not None and block.header.subject is not None and block.header.body:
+                key = (block.header.subject, bytes(block.header.body), block.header.base)
+                found[key] = id
+        return found
+
+    def _body(self, ingest: Ingest, subject: Subject) -> Body:
+        return Body.of(
+            ingest.write_tensor(t.name, t.dtype, t.shape, self._counted(t.pieces))
+            for t in self._checkpoint.read(subject)
+        )
+
+    def _has_body(self, id: BlockId, body: Body) -> bool:
+        block = self._store.block(id)
+        return block is not None and block.header.body == body.id
 
     def _release(
         self, ingest: Ingest, model: BlockId, subjects: Mapping[Subject, BlockId]
@@ -168,3 +225,8 @@ class _Writing:
         block = self._author.block(Place(Kind.RELEASE, model, None, base), body)
         self._store.stage([block], [body.row], release_subjects={block.id: subjects})
         return block, body
+
+    def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            self._watched.add(len(piece))

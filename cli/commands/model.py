@@ -17,14 +17,8 @@ def model() -> None:
 @click.option(
     "--wait-replicas", metavar="R", type=int, help=describe("model.publish", "wait_replicas")
 )
-@click.option("--dry-run", is_flag=True, help=summary("model.survey"))
-def publish(path: str, name: str, wait_replicas: int | None, dry_run: bool) -> None:
+def publish(path: str, name: str, wait_replicas: int | None) -> None:
     """Turn a Hugging Face directory into blocks."""
-    if dry_run:
-        if wait_replicas is not None:
-            raise click.UsageError("--wait-replicas waits for a publish, which --dry-run is not")
-        emit(ask("model.survey", {"path": absolute(path), "name": name}), show.surveyed)
-        return
     params = {"path": absolute(path), "name": name, "wait_replicas": wait_replicas}
     emit(ask("model.publish", params), show.published)
 

@@ -34,30 +34,6 @@ class PublishResult(Result, frozen=True):
     reused_bytes: Count
 
 
-class SurveyRequest(Request, frozen=True):
-    """What publishing `path` as `name` would do."""
-
-    path: PathText
-    name: NewName
-
-
-class SurveyResult(Result, frozen=True):
-    """As `PublishResult`, and bytes to store and an estimate in s.
-
-    `model` is null for a model that is new, `root` if publishing would change it.
-    """
-
-    model: str | None
-    name: str
-    root: str | None
-    blocks: Count
-    experts: Count
-    bytes: Count
-    reused_bytes: Count
-    new_bytes: Count
-    estimate_s: float
-
-
 class ListRequest(Request, frozen=True):
     """No parameters."""
 

@@ -68,14 +68,6 @@ _ROWS = (
         (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
         (PROGRESS,),
     ),
-    Method(
-        "model.survey",
-        "Say what publishing a directory would store, reuse and take, and write nothing",
-        model.SurveyRequest,
-        model.SurveyResult,
-        (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
-        (PROGRESS,),
-    ),
     Method("model.list", "The models that the node knows", model.ListRequest, model.ListResult),
     Method(
         "model.show",

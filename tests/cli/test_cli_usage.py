@@ -38,7 +38,6 @@ WRONG = [
     ("model", "publish", "path"),
     ("model", "publish", "path", "--name", "No Name"),
     ("model", "publish", "path", "--name", "n", "--wait-replicas", "0"),
-    ("model", "publish", "path", "--name", "n", "--wait-replicas", "1", "--dry-run"),
     ("model", "show"),
     ("model", "fetch"),
     ("model", "fetch", "n", "--root", "abc"),
