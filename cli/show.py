@@ -140,21 +140,6 @@ def model(document: dict[str, Any]) -> None:
     )
 
 
-def published(document: dict[str, Any]) -> None:
-    """`model.publish`."""
-    new = document["bytes"] - document["reused_bytes"]
-    pairs(
-        [
-            ("name", document["name"]),
-            ("model", document["model"]),
-            ("root", document["root"]),
-            ("new blocks", document["blocks"]),
-            ("experts", document["experts"]),
-            ("size", f"{size(document['bytes'])}, {size(new)} of it new"),
-        ]
-    )
-
-
 def verified(document: dict[str, Any]) -> None:
     """`model.verify`, `chain.verify` and `fsck`."""
     what = f"{document['blocks']} blocks"

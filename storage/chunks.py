@@ -161,9 +161,7 @@ class Chunks:
 
     def make_sure_of_room(self, size: int) -> None:
         """Raises `DiskFull` if so many bytes more are not allowed or do not fit."""
-        with self._index.lock:
-            pending = sum(size for _, size in self._pending.values())
-            stored = self._index.counters.chunk_bytes + pending + self._beside()
+        stored = self._stored()
         if self.quota_bytes is not None and stored + size > self.quota_bytes:
             raise DiskFull(
                 f"{stored + size} bytes would be stored, --disk allows {self.quota_bytes}"
@@ -173,6 +171,19 @@ class Chunks:
             raise DiskFull(
                 f"the disk has {free} bytes free; {limits.disk_reserve_bytes} stay in reserve"
             )
+
+    def room(self) -> int:
+        """How many bytes more are allowed and fit."""
+        free = self._free_bytes() - limits.disk_reserve_bytes
+        if self.quota_bytes is not None:
+            free = min(free, self.quota_bytes - self._stored())
+        return max(0, free)
+
+    def _stored(self) -> int:
+        """What counts under the quota."""
+        with self._index.lock:
+            pending = sum(size for _, size in self._pending.values())
+            return self._index.counters.chunk_bytes + pending + self._beside()
 
 
 def fault(name: ChunkHash, size: int, data: bytes | None) -> str | None:

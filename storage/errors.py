@@ -11,12 +11,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says when it
 class DiskFull(Refused):
     """There is no room for what was to be written; nothing acknowledged is lost."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, what: str = "nothing more was stored", **data: object) -> None:
         super().__init__(
             ErrorCode.DISK_FULL,
-            "nothing more was stored",
+            what,
             why,
             "Everything acknowledged is kept. Free some space or raise --disk, then try again.",
+            data,
         )
 
 

@@ -34,6 +34,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _TRAVELS = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.(json|jinja|txt|md|model)|(LICENSE|NOTICE)[A-Za-z0-9._-]{0,60}"
 )
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 
 
@@ -145,8 +146,15 @@ def _find_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
     if (path / SINGLE_FILE).exists():
         return {n: (path / SINGLE_FILE, t) for n, t in read_header(path / SINGLE_FILE).items()}
     if not (path / INDEX_FILE).exists():
-        refuse(f"neither {SINGLE_FILE} nor {INDEX_FILE} is in {path}", path=str(path))
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        beside = f"; {pickles[0]} is a pickle, and none is ever read" if pickles else ""
+        refuse(f"neither {SINGLE_FILE} nor {INDEX_FILE} is in {path}{beside}", path=str(path))
     by_name = _read_index(path / INDEX_FILE)
+    for shard in sorted(set(by_name.values())):
+        if not (path / shard).exists():
+            refuse(
+                f"the shard {shard} is missing, and {INDEX_FILE} lists it", path=str(path / shard)
+            )
     headers = {shard: read_header(path / shard) for shard in sorted(set(by_name.values()))}
     tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for shard, header in headers.items():
@@ -156,7 +164,7 @@ def _find_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
             tensors[name] = (path / shard, stored)
     for name, shard in by_name.items():
         if name not in tensors:
-            refuse(f"{shard}: {name[:80]!a} is missing", path=str(path / shard))
+            refuse(f"{shard}: {name[:80]!a} is missing", path=str(path / shard), tensor=name)
     return tensors
 
 
@@ -164,11 +172,11 @@ def _read_index(path: Path) -> dict[str, str]:
     index = parse_json(_read_small(path), INDEX_FILE)
     by_name = index.get("weight_map")
     if not isinstance(by_name, dict):
-        refuse(f"{INDEX_FILE}: weight_map is missing")
+        refuse(f"{INDEX_FILE}: weight_map is missing", path=str(path))
     for name, shard in by_name.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             refuse(f"{INDEX_FILE}: {name[:80]!a} is in {str(shard)[:80]!r}, which is no file name"
-                   " of a shard")  # fmt: skip
+                   " of a shard", path=str(path))  # fmt: skip
     return by_name
 
 
@@ -196,7 +204,10 @@ def _check(
         path, stored = tensors[tensor.source]
         if stored.dtype not in tensor.dtypes:
             read = " or ".join(tensor.dtypes)
-            refuse(f"{path.name}: {tensor.source} is {stored.dtype}, this version reads {read}")
+            refuse(
+                f"{path.name}: {tensor.source} is {stored.dtype}, this version reads {read}",
+                tensor=tensor.source,
+            )
 
 
 def _there(part: SubjectLayout, names: Collection[str]) -> SubjectLayout:
@@ -210,6 +221,7 @@ def _refuse_extra(name: str, layers: int) -> NoReturn:
     if layer is not None and int(layer[1]) >= layers:
         refuse(
             f"the tensor {name[:80]!a} is of a layer behind the {layers} of config.json: layers"
-            " that predict several tokens at once are not read"
+            " that predict several tokens at once are not read",
+            tensor=name,
         )
-    refuse(f"the tensor {name[:80]!a} does not belong to this configuration")
+    refuse(f"the tensor {name[:80]!a} does not belong to this configuration", tensor=name)

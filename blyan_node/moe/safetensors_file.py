@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from blyan_node.moe.strict_json import parse_json, refuse
 from protocols import limits
+from protocols.errors import Refused
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 
 _LENGTH = struct.Struct("<Q")
@@ -47,7 +48,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = file.read(length)
     except OSError as error:
         refuse(f"{path.name}: {error.strerror or error}", path=str(path))
-    return parse_header(header, size - _LENGTH.size - length, path.name)
+    try:
+        return parse_header(header, size - _LENGTH.size - length, path.name)
+    except Refused as refused:
+        refuse(refused.why, path=str(path))
 
 
 def refuse_special(path: Path) -> None:
@@ -100,14 +104,17 @@ def _naturals(value: object) -> bool:
 
 def read_pieces(path: Path, begin: int, size: int) -> Iterator[bytes]:
     """The bytes [begin, begin + size) of a file, at most `PIECE_BYTES` at a time."""
-    with path.open("rb") as file:
-        file.seek(begin)
-        while size:
-            piece = file.read(min(size, PIECE_BYTES))
-            if not piece:
-                refuse(f"{path.name}: it became shorter while it was read", path=str(path))
-            size -= len(piece)
-            yield piece
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            while size:
+                piece = file.read(min(size, PIECE_BYTES))
+                if not piece:
+                    refuse(f"{path.name}: it became shorter while it was read", path=str(path))
+                size -= len(piece)
+                yield piece
+    except OSError as error:
+        refuse(f"{path.name}: {error.strerror or error}", path=str(path))
 
 
 def header_bytes(tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]]) -> bytes:

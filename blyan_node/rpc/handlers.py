@@ -18,6 +18,7 @@ HANDLERS: Mapping[str, Handler] = {
     "node.stop": node.stop,
     "network.show": node.network,
     "model.publish": model.publish,
+    "model.dry_run": model.dry_run,
     "model.list": model.list_models,
     "model.show": model.show,
     "model.fetch": model.fetch,

@@ -18,7 +18,6 @@ from protocols.signing import Identity
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
 from storage.blocks import ManifestRow
 from storage.store import Store
-from storage.tensors import Ingest
 
 ClockMs = Callable[[], int]
 Pieces = Iterable[bytes | memoryview]
@@ -31,6 +30,24 @@ class Submits(Protocol):
         self, blocks: Sequence[Block], manifests: Sequence[ManifestRow], source: None
     ) -> object:
         """Decides about blocks of our own and announces what is accepted."""
+
+
+class Sink(Protocol):
+    """Where a draft's chunks and blocks go; counts bytes that are new and that were there."""
+
+    new_bytes: int
+    reused_bytes: int
+
+    def write_tensor(
+        self, name: str, dtype: Dtype, shape: tuple[int, ...], pieces: Iterable[bytes | memoryview]
+    ) -> TensorEntry:
+        """Takes the bytes of a tensor."""
+
+    def stage(self, block: Block, manifest_id: ManifestId, manifest: bytes) -> None:
+        """Takes a block whose tensors it has taken."""
+
+    def flush(self) -> None:
+        """Returns when everything so far is stored and counted."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,10 @@ class Author:
         self._clock_ms = clock_ms
         self._seq = 0
 
+    def apart(self) -> "Author":
+        """The same author for a dry run: what it signs uses up no number of this one's."""
+        return Author(self._store, self.identity, self._network, self._clock_ms)
+
     def block(self, place: Place, body: Body) -> Block:
         """The next block of this author."""
         public = self.identity.public
@@ -105,10 +126,10 @@ class Author:
         return Block.create(header, self.identity)
 
 
-def write_files(ingest: Ingest, files: Mapping[str, bytes]) -> Body:
+def write_files(sink: Sink, files: Mapping[str, bytes]) -> Body:
     """Small files as a body of U8 tensors named by file name."""
     return Body.of(
-        ingest.write_tensor(name, Dtype.U8, (len(data),), (data,))
+        sink.write_tensor(name, Dtype.U8, (len(data),), (data,))
         for name, data in sorted(files.items())
     )
 

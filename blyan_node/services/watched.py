@@ -1,5 +1,7 @@
 """Long work on a worker thread: tells the event loop how far it is, and notices that it is over."""
 
+from collections.abc import Iterator
+
 import trio
 
 from blyan_node.services.supply import Progress
@@ -27,6 +29,12 @@ class Watched:
         self._done += count
         if self._done - self._told >= PROGRESS_BYTES:
             self._tell()
+
+    def counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same pieces, each counted once it was taken."""
+        for piece in pieces:
+            yield piece
+            self.add(len(piece))
 
     def end(self) -> None:
         """Tells the last count."""

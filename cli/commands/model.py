@@ -2,8 +2,9 @@
 
 import click
 
-from cli import show
+from cli import show, show_publish
 from cli.shared import Group, absolute, ask, describe, emit, summary
+from protocols.rpc.fields import HUB
 
 
 @click.group(cls=Group)
@@ -12,15 +13,22 @@ def model() -> None:
 
 
 @model.command(help=summary("model.publish"))
-@click.argument("path")
+@click.argument("path", metavar="PATH|hf:ORG/NAME[@REVISION]")
 @click.option("--name", metavar="N", required=True, help=describe("model.publish", "name"))
 @click.option(
     "--wait-replicas", metavar="R", type=int, help=describe("model.publish", "wait_replicas")
 )
-def publish(path: str, name: str, wait_replicas: int | None) -> None:
+@click.option("--dry-run", is_flag=True, help=summary("model.dry_run"))
+def publish(path: str, name: str, wait_replicas: int | None, dry_run: bool) -> None:
     """Turn a Hugging Face directory into blocks."""
-    params = {"path": absolute(path), "name": name, "wait_replicas": wait_replicas}
-    emit(ask("model.publish", params), show.published)
+    source = path if path.startswith(HUB) else absolute(path)
+    if dry_run:
+        if wait_replicas is not None:
+            raise click.UsageError("a dry run has no replicas to wait for")
+        emit(ask("model.dry_run", {"path": source, "name": name}), show_publish.dry_run)
+        return
+    params = {"path": source, "name": name, "wait_replicas": wait_replicas}
+    emit(ask("model.publish", params), show_publish.published)
 
 
 @model.command("list", help=summary("model.list"))

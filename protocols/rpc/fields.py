@@ -19,6 +19,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What a method answers: always an object, so that fields can be added."""
 
 
+HUB = "hf:"  # what a model on the hub begins with, where a directory may be given
+
 Count = Annotated[int, Meta(ge=0)]
 Replicas = Annotated[
     int,
@@ -46,6 +48,15 @@ RootText = Annotated[
 ]
 PathText = Annotated[
     str, Meta(min_length=1, max_length=4096, description="An absolute path on the node's machine")
+]
+SourceText = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=4096,
+        description="A Hugging Face directory (an absolute path on the node's machine), or "
+        "`hf:ORG/NAME[@REVISION]` on the hub",
+    ),
 ]
 TokenIds = Annotated[
     list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(max_length=limits.prompt_tokens_max)

@@ -10,20 +10,24 @@ from protocols.rpc.fields import (
     Request,
     Result,
     RootText,
+    SourceText,
     SubjectText,
 )
 
 
 class PublishRequest(Request, frozen=True):
-    """`path` is a Hugging Face directory; with `wait_replicas` the answer waits for holders."""
+    """With `wait_replicas` the answer waits for holders."""
 
-    path: PathText
+    path: SourceText
     name: NewName
     wait_replicas: Replicas | None = None
 
 
 class PublishResult(Result, frozen=True):
-    """Counts of new blocks, of the model's experts, its bytes, and those stored already."""
+    """Counts of new blocks, of the model's experts, its bytes, and those stored already.
+
+    `source` is where it was downloaded from, with the commit: None for a directory.
+    """
 
     model: str
     name: str
@@ -32,6 +36,38 @@ class PublishResult(Result, frozen=True):
     experts: Count
     bytes: Count
     reused_bytes: Count
+    source: str | None = None
+
+
+class DryRunRequest(Request, frozen=True):
+    """What would be given to `model.publish`."""
+
+    path: SourceText
+    name: NewName
+
+
+class DryRunResult(Result, frozen=True):
+    """The numbers of the publish that would follow; what cannot be published is refused.
+
+    `model` is None if it would be a new one. `new_bytes` would be added to the store, release
+    included, and `room_bytes` may be. `seconds` is estimated from the two rates: of reading and
+    hashing this directory, and of writing to this disk (None: nothing to write). Of a model whose
+    weights are on the hub, `download_bytes` are to be fetched, and what only they tell is None.
+    """
+
+    model: str | None
+    name: str
+    experts: Count
+    blocks: Count | None
+    bytes: Count
+    reused_bytes: Count | None
+    new_bytes: Count | None
+    room_bytes: Count
+    seconds: float | None
+    read_bytes_per_s: Count | None
+    write_bytes_per_s: Count | None
+    download_bytes: Count = 0
+    source: str | None = None
 
 
 class ListRequest(Request, frozen=True):

@@ -68,6 +68,14 @@ _ROWS = (
         (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
         (PROGRESS,),
     ),
+    Method(
+        "model.dry_run",
+        "Say what a publish would store and reuse and how long it would take, and store nothing",
+        model.DryRunRequest,
+        model.DryRunResult,
+        (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
+        (PROGRESS,),
+    ),
     Method("model.list", "The models that the node knows", model.ListRequest, model.ListResult),
     Method(
         "model.show",

@@ -101,8 +101,13 @@ def test_no_more_than_the_disk_option_allows(models: Path, tmp_path: Path) -> No
     with daemon as alice:
         _publish(alice, models, "small")
         expected = _tokens(alice)
+        stored = alice("status")["stored_bytes"]
         error = _refused(alice, models, "large")
         assert "--disk allows" in error["message"] and "--disk" in error["data"]["next"]
+        assert error["data"]["new_bytes"] > error["data"]["room_bytes"]
+        assert alice("status")["stored_bytes"] == stored
+        dry = alice("model", "publish", models / "large", "--name", "large", "--dry-run", code=1)
+        assert dry["error"] == error
         assert alice("status")["stored_bytes"] <= 40 * limits.MIB
         assert _names(alice) == {"small"}
         assert _tokens(alice) == expected
@@ -112,7 +117,13 @@ def test_no_more_than_the_disk_option_allows(models: Path, tmp_path: Path) -> No
     assert daemon.fsck()["ok"]
     with Foreground(tmp_path / "alice", "--disk", "1GiB") as alice:
         assert _tokens(alice) == expected
-        assert _publish(alice, models, "large")["reused_bytes"] > 0
+        dry = alice("model", "publish", models / "large", "--name", "large", "--dry-run")
+        assert dry["seconds"] > 0 and dry["model"] is None
+        assert alice("status")["stored_bytes"] == stored
+        done = _publish(alice, models, "large")
+        assert done["reused_bytes"] == 0, "the refused one stored nothing"
+        for key in ("blocks", "experts", "bytes", "reused_bytes"):
+            assert dry[key] == done[key]
 
 
 @pytest.fixture

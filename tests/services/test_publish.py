@@ -10,20 +10,16 @@ import pytest
 import trio
 from safetensors.torch import load_file, save_file
 
-from blyan_node.services.authoring import Author
 from blyan_node.services.export import Export
 from blyan_node.services.publish import Publish
 from blyan_node.services.supply import Supply
 from blyan_node.services.update import Update
 from blyan_node.services.verify import Verify
-from blyan_node.testing.blocks import NOW_MS, identity
 from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.publishing import LoneChain, author
 from blyan_node.testing.trio_tests import trio_test
-from protocols.dag.admission import Accepted, admit
-from protocols.dag.genesis import DEVELOPMENT
 from protocols.dag.header import Block
 from protocols.dag.heads import heads_of
-from protocols.dag.validate import validate_header
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Subject, cid_text, model_root
 from storage.blocks import ManifestRow
@@ -33,24 +29,6 @@ from storage.pins import Pin
 from storage.store import Store, open_store
 
 EXPERT = Subject("layer1.expert2")
-
-
-class LoneChain:
-    """The chain service of a node without a network."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    async def submit(
-        self, blocks: Sequence[Block], manifests: Sequence[ManifestRow], source: None
-    ) -> None:
-        self.store.stage([], manifests)
-        for block in blocks:
-            validate_header(block, network=DEVELOPMENT.id, now_ms=NOW_MS)
-            verdict = admit(block, self.store)
-            assert isinstance(verdict, Accepted), verdict
-            heads = {verdict.model: (verdict.heads, verdict.root)}
-            self.store.accept(verdict.blocks, heads=heads)
 
 
 class Nobody:
@@ -73,11 +51,11 @@ class Node:
 
 def node(store: Store, name: str = "alice") -> Node:
     chain, limiter = LoneChain(store), trio.CapacityLimiter(1)
-    author = Author(store, identity(name), DEVELOPMENT.id, lambda: NOW_MS)
+    signs = author(store, name)
     return Node(
         store,
-        Publish(store, chain, author, limiter),
-        Update(store, chain, author, limiter),
+        Publish(store, chain, signs, limiter),
+        Update(store, chain, signs, limiter),
         Export(store, Supply(store, Nobody()), limiter),
         Verify(store, limiter),
     )
@@ -275,11 +253,11 @@ async def test_an_update_during_a_publish_replaces_what_was_published(
             updating.append(block)
             return
         nursery.start_soon(alice.update.update, first.model, EXPERT, file)
-        while not updating and not author.turn.statistics().tasks_waiting:
+        while not updating and not signs.turn.statistics().tasks_waiting:
             await trio.sleep(0)
 
     alice.publish._chain = alice.update._chain = Watching(store, seen)
-    author = alice.publish._author
+    signs = alice.publish._author
     async with trio.open_nursery() as nursery:
         await alice.publish.publish(changed(tiny, tmp_path / "b"), "tiny")
         published = store.heads(first.model)[EXPERT]

@@ -36,7 +36,10 @@ def parse_config(data: bytes) -> ModelConfig:
     name = fields.take("model_type", None)
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        refuse(f"config.json: model_type {str(name)[:40]!r}, this version reads {known}")
+        refuse(
+            f"config.json: model_type {str(name)[:40]!r}, this version reads {known}",
+            field="model_type",
+        )
     config = FAMILIES[name].read(fields)
     refuse_quantised(fields)
     fields.check_rest()
