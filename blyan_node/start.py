@@ -41,6 +41,8 @@ def start(
     Makes the home first if there is none. Raises `Refused` or `RemoteProtocolError` if the node
     cannot start.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end_at_once)
     if not is_home(home):
         create_home(home, role=options.role or "main", network=network)
     read = partial(open_home, home, rpc=rpc, network=network, options=options)
@@ -59,15 +61,21 @@ def start(
     return 0
 
 
+def _end_at_once(number: int, frame: object) -> None:
+    """Ends a process that serves nobody: before the services start, and after they ended."""
+    logging.shutdown()
+    os._exit(0)
+
+
 async def _serve(config: Config, read: Callable[[], Config], lines: JsonLines | None) -> None:
+    from blyan_node.app import run_app  # seconds of imports: a signal ends them at once
+    from blyan_node.reloading import Reloading
+
     supervisor, had_terminal = Supervisor.of(os.environ), _has_terminal()
-    # Before the heavy imports, so that a signal during them is heeded too.
     with (
         trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as ends,
         trio.open_signal_receiver(signal.SIGHUP) as hangups,
     ):
-        from blyan_node.app import run_app
-        from blyan_node.reloading import Reloading
 
         def on_ready(app: "App") -> None:
             if lines is not None:
