@@ -151,6 +151,7 @@ class Membership:
         """The last connection to `peer` is gone."""
         self._strangers.pop(peer, None)
         self.around.exchange.drop(peer)
+        self.around.providers.left(peer)
         self._tell_change()
         if gone := self.table.remove(peer):
             self._book.lost(peer, trio.current_time())

@@ -117,6 +117,10 @@ class Providers:
             log.debug("routing table: %r", error)
         self._all_due_within(2.0)
 
+    def left(self, peer: PeerId) -> None:
+        """Nobody to ask any more; `met` tells when it is back."""
+        self._dht.routing_table.remove_peer(ID.from_base58(peer))
+
     def provide(self, key: bytes) -> None:
         """From now on we are told as a provider of the CID `key`, again and again."""
         self._due.setdefault(_multihash(key), trio.current_time())

@@ -31,6 +31,7 @@ from blyan_node.testing.echo_node import PROTOCOL, Echo, build
 from blyan_node.testing.processes import echo_process, peer_of, wait_for
 from blyan_node.testing.trio_tests import trio_test
 from blyan_node.testing.virtual_time import virtual_time_test
+from protocols.ids import PeerId
 from protocols.limits import connections_per_peer_max, ping_every_s, pings_unanswered_max
 
 
@@ -129,6 +130,9 @@ async def test_who_is_gone_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None
             async with stranger(alice) as host:
                 gone.append(host.get_id())
                 await until(lambda: gone[-1] in alice._swarm.peerstore.peer_ids())
+                addrs = ["/ip4/192.0.2.7/tcp/1"]
+                await alice._providers.met(PeerId(str(gone[-1])), addrs)
+                assert gone[-1] in alice._providers.routing_peers()
         await until(lambda: not alice._swarm.get_connections())
         await until(lambda: not set(gone) & set(alice._swarm.peerstore.peer_ids()))
         assert not alice._swarm.auto_connector._recent_disconnects
