@@ -205,9 +205,11 @@ def stats(document: dict[str, Any]) -> None:
     """The end of `generate` and `forward`, on stderr."""
     s = document["stats"]
     peers = {peer for entry in document["trace"].values() for peer in entry["peers"]}
+    used = document.get("sampling")  # `forward` draws nothing
+    drawn = f"seed {used['seed']}, " if used and used["seed"] is not None else ""
     click.echo(
         f"[{s['prompt_tokens']} + {s['new_tokens']} tokens, {s['tokens_per_s']:.1f} tokens/s, "
-        f"{len(document['trace'])} experts on {len(peers)} nodes, {s['retries']} retries, "
+        f"{len(document['trace'])} experts on {len(peers)} nodes, {s['retries']} retries, {drawn}"
         f"root {document['root'][:16]}]",
         err=True,
     )
