@@ -211,9 +211,11 @@ def stats(document: dict[str, Any]) -> None:
     s = document["stats"]
     peers = {peer for entry in document["trace"].values() for peer in entry["peers"]}
     nodes = f"{len(peers)} node{'' if len(peers) == 1 else 's'}"
+    used = document.get("sampling")  # `forward` draws nothing
+    drawn = f"seed {used['seed']}, " if used and used["seed"] is not None else ""
     click.echo(
         f"[{s['prompt_tokens']} + {s['new_tokens']} tokens, {s['tokens_per_s']:.1f} tokens/s, "
-        f"{len(document['trace'])} experts on {nodes}, {s['retries']} retries, "
+        f"{len(document['trace'])} experts on {nodes}, {s['retries']} retries, {drawn}"
         f"root {document['root'][:16]}]",
         err=True,
     )

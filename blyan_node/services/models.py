@@ -7,8 +7,7 @@ import trio
 
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.families import parse_config
-from blyan_node.moe.generation_config import default_sampling, stop_ids
-from blyan_node.moe.sampling import GREEDY, Sampling
+from blyan_node.moe.generation_config import stop_ids
 from blyan_node.services.supply import Progress, Supply, silent
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, cid_text
@@ -26,7 +25,6 @@ class Description:
     config: ModelConfig
     files: Mapping[str, bytes]
     stop_ids: frozenset[int]
-    sampling: Sampling = GREEDY  # where a request says nothing
 
 
 class Models:
@@ -69,4 +67,4 @@ class Models:
             )
         config = parse_config(files["config.json"])
         name = str(block.header.meta["name"])
-        return Description(model, name, config, files, stop_ids(files), default_sampling(files))
+        return Description(model, name, config, files, stop_ids(files))

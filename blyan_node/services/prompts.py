@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from blyan_node.moe.generation_config import default_sampling
 from blyan_node.moe.harmony import Harmony
 from blyan_node.moe.sampling import ALLOWED, Sampler, Sampling
 from blyan_node.services.models import Description
@@ -47,7 +48,7 @@ async def question(
         )
     prompt = await _prompt(request, text)
     sampler = Sampler(
-        sampling(request, model.sampling),
+        sampling(request, default_sampling(model.files)),
         secrets.randbits(63) if request.seed is None else request.seed,
     )
     sampler.see(prompt)

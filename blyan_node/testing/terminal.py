@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -54,7 +55,12 @@ class Terminal:
         return _CODES.sub("", self._raw.decode(errors="replace"))
 
     def type(self, text: str) -> None:
-        """Presses these keys."""
+        """Presses these keys. Ctrl-C only once the command waits for something to happen.
+
+        Python's line editor would not notice it before the next key, while it still draws a line.
+        """
+        while text == CTRL_C and not self._waits():
+            os.sched_yield()
         os.write(self._ours, text.encode())
 
     def until(self, text: str) -> str:
@@ -71,6 +77,10 @@ class Terminal:
         while self._read():
             pass
         return self.process.wait(SHOWS_S_MAX)
+
+    def _waits(self) -> bool:
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "S"
 
     def _read(self) -> bool:
         ready, _, _ = select.select([self._ours], [], [], SHOWS_S_MAX)

@@ -1,6 +1,7 @@
 """Sampling: a function of logits, settings, seed and count, step by step that of transformers."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 
 from blyan_node.moe import sampling
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.moe.generation_config import FILE, default_sampling, stop_ids
+from blyan_node.moe.generation_config import FILE, check_generation, default_sampling, stop_ids
 from blyan_node.moe.sampling import GREEDY, Sampler, Sampling, kept
 from blyan_node.testing.checkpoints import make_checkpoint
 from protocols.errors import ErrorCode, Refused
@@ -282,3 +283,25 @@ def test_it_is_refused_before_anything_is_published(tmp_path: Path) -> None:
     (path / FILE).write_text('{"eos_token_id": "end"}')
     with pytest.raises(Refused, match="eos_token_id"):
         Checkpoint.open(path)
+
+
+def test_broken_files_have_one_error() -> None:
+    rng = random.Random(5)
+    good = json.dumps({
+        "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1,
+        "repetition_penalty": 1.1, "eos_token_id": [1, 2], "num_beams": 1, "typical_p": 1.0,
+    }).encode()  # fmt: skip
+    read = 0
+    for _ in range(10_000):
+        broken = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            broken[rng.randrange(len(broken))] = rng.choice(
+                b'0123456789.-+eE"{}[]:,truefalsn\\\xff'
+            )
+        try:
+            check_generation({FILE: bytes(broken)})
+        except Refused as refused:
+            assert refused.code is ErrorCode.BAD_MODEL
+        else:
+            read += 1
+    assert 0 < read < 10_000

@@ -271,3 +271,15 @@ async def test_a_fetch_does_not_push_out_what_it_has_been_asked_for(tmp_path: Pa
             await bob.fetch.fetch([first, second, third])
         assert full.value.code is ErrorCode.DISK_FULL
         assert bob.store.is_stored(first) and bob.store.is_stored(second)
+
+
+@trio_test
+async def test_what_is_served_does_not_stay_resident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with swarm(tmp_path, "alice", "bob") as ((_, bob), published):
+        let_go: list[Path] = []
+        monkeypatch.setattr(limits, "read_bytes_resident_max", SIZE)
+        monkeypatch.setattr("storage.store.let_pages_go", let_go.append)
+        await bob.fetch.fetch([part.id for part in published[1:4]])
+        assert 2 <= len(let_go) <= 3  # of 3 times SIZE, as the chunks come

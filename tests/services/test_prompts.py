@@ -3,12 +3,15 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blyan_node.moe.sampling import GREEDY, Sampling
+from blyan_node.moe.sampling import GREEDY, Sampler, Sampling
 from blyan_node.services.generation import Generation
 from blyan_node.services.prompts import sampling
+from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.reference import open_reference
 from blyan_node.testing.scripted import THINKS_FIRST, make_scripted, make_thinker
 from blyan_node.testing.swarm import Swarm
 from blyan_node.testing.trio_tests import trio_test
@@ -123,17 +126,32 @@ async def test_what_was_used_is_told(plain: Path, tmp_path: Path) -> None:
 
 
 @trio_test
-async def test_a_repetition_penalty_counts_the_prompt_and_the_answer(
-    plain: Path, tmp_path: Path
-) -> None:
-    async with answering(plain, tmp_path) as on:
-        calm, _ = await answer(on, prompt="Paris [/INST]", max_tokens=2)
-        assert calm.text == "Paris is"
-        strict, _ = await answer(
-            on, prompt="Paris [/INST]", max_tokens=2, temperature=5.0, repetition_penalty=100.0,
-            min_p=1.0,
-        )  # fmt: skip
-        assert strict.text == "Paris is"  # 1/100 of it is still the most
+async def test_every_setting_reaches_the_sampler(tmp_path: Path) -> None:
+    path = make_checkpoint("mixtral", tmp_path / "hot")
+    prompt = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43]
+    settings: dict[str, Any] = {
+        "temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.2, "repetition_penalty": 1.8
+    }  # fmt: skip
+    truth = open_reference(path)
+
+    def expected(**others: Any) -> list[int]:
+        return truth.generate(prompt, 16, Sampler(Sampling(**settings | others), 7))
+
+    async with answering(path, tmp_path) as on:
+        request = GenerateRequest(
+            model="m", prompt_ids=prompt, max_tokens=16, ignore_eos=True, seed=7, **settings
+        )
+        result = await on.generate(request, Told())
+    assert result.token_ids == expected()
+    neutral = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    shown = {name for name, value in neutral.items() if expected(**{name: value}) != expected()}
+    assert shown == set(neutral)
 
 
 def test_what_a_request_says_wins() -> None:
