@@ -1,0 +1,80 @@
+"""From the description of the kernels to code that this process can call."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from blyan_node.moe.kernels import emit, tile
+from blyan_node.moe.kernels.storages import STORAGES
+from blyan_node.moe.kernels.targets import Target
+
+# No flush to zero, no denormals as zero, round to nearest, no exception traps.
+_FLOAT_RULES = 0x1F80
+_OPTIMISATION = 3
+
+
+def describe(target: Target) -> ir.Module:
+    """All kernels for a target, as LLVM's intermediate code."""
+    module = ir.Module("kernels")
+    module.triple = llvm.get_process_triple()
+    for storage in STORAGES.values():
+        _export(module, tile.product(module, storage, target))
+    return module
+
+
+def compile_object(target: Target) -> bytes:
+    """The machine code of all kernels for a target, which need not be this machine."""
+    machine = _machine(target)
+    module = llvm.parse_assembly(str(describe(target)))
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    # Vectors and unrolled steps are written out already.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return bytes(machine.emit_object(module))
+
+
+class Code:
+    """Machine code in this process. Functions are called without the GIL."""
+
+    def __init__(self, target: Target, machine_code: bytes) -> None:
+        empty = llvm.parse_assembly(f'target triple = "{llvm.get_process_triple()}"')
+        self._engine = llvm.create_mcjit_compiler(empty, _machine(target))
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+        self._engine.finalize_object()
+
+    def function(self, name: str, arguments: Sequence[Any]) -> Callable[..., None]:
+        """The kernel of that name; `arguments` are ctypes."""
+        address = self._engine.get_function_address(name)
+        assert address, name
+        return ctypes.CFUNCTYPE(None, *arguments)(address)
+
+
+def _machine(target: Target) -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    native = llvm.Target.from_triple(llvm.get_process_triple())
+    return native.create_target_machine(
+        cpu=target.cpu, features=target.features, opt=_OPTIMISATION, jit=True
+    )
+
+
+def _export(module: ir.Module, inner: ir.Function) -> None:
+    """A function `call_NAME` that runs `inner` under one set of floating-point rules.
+
+    The rules of the calling thread come back afterwards: libraries turn on flushing to zero.
+    """
+    arguments = [(argument.name, argument.type) for argument in inner.args]
+    b, values = emit.define(module, f"call_{inner.name}", arguments)
+    b.function.linkage = ""
+    before, ours = emit.slot(b, emit.I32), emit.slot(b, emit.I32, emit.constant(emit.I32, 0))
+    b.store(emit.constant(emit.I32, _FLOAT_RULES), ours)
+    emit.intrinsic(b, "llvm.x86.sse.stmxcsr", emit.VOID, [before])
+    emit.intrinsic(b, "llvm.x86.sse.ldmxcsr", emit.VOID, [ours])
+    b.call(inner, values)
+    emit.intrinsic(b, "llvm.x86.sse.ldmxcsr", emit.VOID, [before])
+    b.ret_void()

@@ -1,0 +1,60 @@
+"""The processors that kernels are compiled for, and which of them this machine is.
+
+Targets differ in the width of their registers and in the shape of a tile. Neither enters a result:
+an output's bits are those of docs/sums.md on each of them.
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+
+
+class Unsupported(Exception):
+    """This processor cannot run the kernels; the message says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A family of processors.
+
+    `lanes` is the number of float32 in a register. `columns[n - 1]` is how many outputs a
+    tile of n rows computes at once; its last entry is the tallest tile.
+    """
+
+    name: str
+    cpu: str
+    features: str
+    needs: tuple[str, ...]
+    lanes: int
+    columns: tuple[int, ...]
+
+
+_FMA = ("avx", "fma", "f16c")
+_AVX2 = (*_FMA, "avx2", "bmi", "bmi2", "lzcnt", "movbe")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+# The best first.
+TARGETS = (
+    Target("avx512", "x86-64-v4", "", _AVX512, 16, (4, 4, 4, 4)),
+    Target("avx2", "x86-64-v3", "", _AVX2, 8, (4, 3, 2)),
+    Target("fma", "x86-64-v2", "+avx,+fma,+f16c", _FMA, 8, (4, 3, 2)),
+)
+
+
+def runnable(features: Mapping[str, bool] | None = None) -> list[Target]:
+    """The targets that a processor with these features can run, the best first; default: this one.
+
+    Raises `Unsupported` if there is none.
+    """
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        raise Unsupported(f"the kernels are for x86-64, and this is {machine}")
+    if features is None:
+        features = llvm.get_host_cpu_features()
+    found = [t for t in TARGETS if all(features.get(name, False) for name in t.needs)]
+    if not found:
+        missing = ", ".join(name for name in _FMA if not features.get(name, False))
+        raise Unsupported(f"this processor has no {missing}")
+    return found

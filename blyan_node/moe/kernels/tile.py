@@ -1,0 +1,253 @@
+"""The product of a few rows with a few weight rows, and the loops that cover a matrix with it.
+
+A tile holds the partial sums of every pair in registers and walks k once. It computes each pair as
+if it were alone: tiles, their remainders and the columns that a thread takes leave no trace.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from blyan_node.moe.kernels import emit, order
+from blyan_node.moe.kernels.emit import FLOAT, I8, I64, POINTER
+from blyan_node.moe.kernels.storages import Parts, Storage
+from blyan_node.moe.kernels.targets import Target
+
+# The fields of a matrix in memory, each of 8 bytes (`matrix.Matrix` fills them). Strides are in
+# bytes from one output to the next; a stride of 0 repeats one value.
+FIELDS = (
+    "weights", "weights_stride", "block_scales", "block_scales_stride",
+    "scales", "scales_stride", "biases", "biases_stride", "depth", "tiles_ahead",
+)  # fmt: skip
+
+_LINE_BYTES = 64
+_READ, _SOON, _DATA = 0, 2, 1  # llvm.prefetch: for reading, into the second level, of data
+
+ARGUMENTS = (
+    ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
+    ("y", POINTER), ("y_stride", I64), ("first", I64), ("last", I64),
+)  # fmt: skip
+
+
+def field(b: ir.IRBuilder, matrix: ir.Value, name: str) -> ir.Value:
+    """One field of a matrix: an address or a number."""
+    kind = POINTER if name in ("weights", "block_scales", "scales", "biases") else I64
+    return emit.load(b, kind, matrix, 8 * FIELDS.index(name))
+
+
+def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
+    """`linear_STORAGE`: columns `first` to `last` of y = x · weightsᵀ · scales + biases.
+
+    x is float32 [rows, depth] and y float32 [rows, …], with strides in bytes.
+    """
+    b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
+    matrix, x, x_stride, rows, y, y_stride, first, last = arguments
+    tiles: dict[tuple[int, int], ir.Function] = {}
+
+    def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
+        """Covers what is left of the columns, `width` at a time, by tiles of these heights."""
+        with emit.steps(b, columns, last, width) as column:
+            done = emit.slot(b, I64, emit.word(0))
+            for height in heights:
+                with emit.steps(b, done, rows, height) as row:
+                    if (height, width) not in tiles:
+                        tiles[height, width] = _tile(module, storage, target, (height, width))
+                    x_row = emit.at(b, x, b.mul(row, x_stride))
+                    y_row = emit.at(b, y, b.mul(row, y_stride))
+                    again = b.icmp_signed("!=", row, emit.word(0))
+                    places = [matrix, x_row, x_stride, y_row, y_stride, column, again]
+                    b.call(tiles[height, width], places)
+
+    columns = emit.slot(b, I64, first)
+    *fewer, most = target.columns
+    for height, width in enumerate(fewer, 1):
+        with b.if_then(b.icmp_signed("==", rows, emit.word(height))):
+            sweep(columns, [height], width)
+            sweep(columns, [height], 1)
+    for width in (most, 1):
+        sweep(columns, range(len(target.columns), 0, -1), width)
+    b.ret_void()
+    return b.function
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The stack slots of a tile's partial sums: `slots[row][column][register]`."""
+
+    slots: list[list[list[ir.Value]]]
+    lanes: int
+
+    @staticmethod
+    def zero(b: ir.IRBuilder, rows: int, columns: int, lanes: int) -> "_Sums":
+        kind = emit.vector(FLOAT, lanes)
+        zero = emit.constant(kind, 0.0)
+        count = order.PARTIAL_SUMS // lanes
+        slots = [
+            [[emit.slot(b, kind, zero) for _ in range(count)] for _ in range(columns)]
+            for _ in range(rows)
+        ]
+        return _Sums(slots, lanes)
+
+    def add_block(self, b: ir.IRBuilder, xs: Sequence[ir.Value], weights: Sequence[Parts]) -> None:
+        """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
+        kind = emit.vector(FLOAT, self.lanes)
+        for part in range(order.BLOCK // self.lanes):
+            register = part % (order.PARTIAL_SUMS // self.lanes)
+            ws = [weight(part) for weight in weights]
+            for row, x in zip(self.slots, xs, strict=True):
+                value = emit.load(b, kind, x, 4 * self.lanes * part)
+                for pair, w in zip(row, ws, strict=True):
+                    place = pair[register]
+                    b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
+
+    def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
+        """The sums of one row's pairs."""
+        kind = emit.vector(FLOAT, self.lanes)
+        pairs = [[b.load(s, typ=kind) for s in self.slots[row][column]] for column in columns]
+        return order.total(b, [order.halve(b, pair) for pair in pairs])
+
+
+def _tile(
+    module: ir.Module, storage: Storage, target: Target, shape: tuple[int, int]
+) -> ir.Function:
+    """The outputs of `shape` (rows, columns) from column `column` on."""
+    rows, columns = shape
+    b, arguments = emit.define(
+        module,
+        f"tile_{storage.name}_{rows}x{columns}",
+        (("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("y", POINTER),
+         ("y_stride", I64), ("column", I64), ("again", ir.IntType(1))),
+    )  # fmt: skip
+    matrix, x, x_stride, y, y_stride, column, again = arguments
+    xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
+    weights = _rows_of(b, matrix, "weights", column, columns)
+    scales = _rows_of(b, matrix, "block_scales", column, columns)
+    sums = _Sums.zero(b, rows, columns, target.lanes)
+    ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
+    depth = field(b, matrix, "depth")
+    k_cell = emit.slot(b, I64, emit.word(0))
+    with emit.steps(b, k_cell, depth, order.BLOCK) as k:
+        parts = []
+        for weight, scale in zip(weights, scales, strict=True):
+            block = emit.at(b, weight, _length(b, storage, k))
+            _prefetch(b, emit.at(b, block, ahead), storage.bytes(order.BLOCK))
+            block_scale = emit.at(b, scale, b.lshr(k, emit.word(5)))
+            parts.append(storage.read(b, block, block_scale, target.lanes))
+        sums.add_block(b, [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs], parts)
+    done = b.load(k_cell, typ=I64)
+    if storage.bits >= 8:
+        with b.if_then(b.icmp_signed("<", done, depth), likely=False):
+            _add_remainder(b, storage, sums, xs, weights, (done, depth))
+    ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
+    _finish(b, storage, matrix, sums, ys, (column, columns))
+    b.ret_void()
+    return b.function
+
+
+def _rows_of(
+    b: ir.IRBuilder, matrix: ir.Value, name: str, column: ir.Value, columns: int
+) -> list[ir.Value]:
+    """The addresses of a field's values for each of some columns."""
+    start, stride = field(b, matrix, name), field(b, matrix, f"{name}_stride")
+    return [emit.at(b, start, b.mul(b.add(column, emit.word(j)), stride)) for j in range(columns)]
+
+
+def _length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
+    """The bytes of a number of weights."""
+    return b.lshr(b.mul(weights, emit.word(storage.bits)), emit.word(3))
+
+
+def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:
+    """The distance in bytes to the same place in a tile that is a while ahead."""
+    tile = b.mul(field(b, matrix, "weights_stride"), emit.word(columns))
+    return b.mul(tile, field(b, matrix, "tiles_ahead"))
+
+
+def _prefetch(b: ir.IRBuilder, address: ir.Value, length: int) -> None:
+    for offset in range(0, length, _LINE_BYTES):
+        flags = [ir.Constant(emit.I32, value) for value in (_READ, _SOON, _DATA)]
+        line = emit.at(b, address, offset)
+        emit.intrinsic(b, "llvm.prefetch.p0", emit.VOID, [line, *flags])
+
+
+def _add_remainder(
+    b: ir.IRBuilder,
+    storage: Storage,
+    sums: _Sums,
+    xs: Sequence[ir.Value],
+    weights: Sequence[ir.Value],
+    span: tuple[ir.Value, ir.Value],
+) -> None:
+    """Adds the block that depth ends in, as if zeros followed; reads nothing beyond the rows."""
+    done, depth = span
+    left = b.sub(depth, done)
+    padded_xs = [_padded(b, emit.at(b, x, b.shl(done, emit.word(2))), left, 4) for x in xs]
+    size = storage.bytes(1)
+    parts = []
+    for weight in weights:
+        start = emit.at(b, weight, b.mul(done, emit.word(size)))
+        padded = _padded(b, start, left, size)
+        parts.append(storage.read(b, padded, padded, sums.lanes))
+    sums.add_block(b, padded_xs, parts)
+
+
+def _padded(b: ir.IRBuilder, start: ir.Value, count: ir.Value, size: int) -> ir.Value:
+    """A copy of `count` values of `size` bytes, followed by zeros to a whole block."""
+    block = emit.slot(b, ir.ArrayType(I8, size * order.BLOCK))
+    name = f"pad_{size}"
+    function = b.module.globals.get(name) or _pad(b.module, name, size)
+    b.call(function, [block, start, count])
+    return block
+
+
+def _pad(module: ir.Module, name: str, size: int) -> ir.Function:
+    """The function behind `_padded`."""
+    kind = ir.IntType(8 * size)
+    b, arguments = emit.define(
+        module, name, (("block", POINTER), ("start", POINTER), ("count", I64))
+    )
+    block, start, count = arguments
+    for offset in range(size):
+        zeros = emit.constant(emit.vector(I8, order.BLOCK), 0)
+        emit.store(b, zeros, block, offset * order.BLOCK)
+    with emit.counting(b, count) as index:
+        offset = b.mul(index, emit.word(size))
+        emit.store(b, emit.load(b, kind, start, offset), block, offset)
+    b.ret_void()
+    return b.function
+
+
+def _finish(
+    b: ir.IRBuilder,
+    storage: Storage,
+    matrix: ir.Value,
+    sums: _Sums,
+    ys: Sequence[ir.Value],
+    span: tuple[ir.Value, int],
+) -> None:
+    """Adds up each pair, scales it, adds its bias and writes it."""
+    column, columns = span
+    scales = _rows_of(b, matrix, "scales", column, columns)
+    biases = _rows_of(b, matrix, "biases", column, columns)
+    offset = b.shl(column, emit.word(2))
+    first = 0
+    while first < columns:
+        count = 1 << ((columns - first).bit_length() - 1)
+        group = range(first, first + count)
+        scale, bias = (_gather(b, [rows[j] for j in group]) for rows in (scales, biases))
+        for row, y in enumerate(ys):
+            value = sums.totals(b, row, group)
+            if storage.unit != 1.0:
+                value = b.fmul(value, emit.constant(value.type, storage.unit))
+            value = b.fadd(b.fmul(value, scale), bias)
+            emit.store(b, order.one_nan(b, value), y, b.add(offset, emit.word(4 * first)))
+        first += count
+
+
+def _gather(b: ir.IRBuilder, addresses: Sequence[ir.Value]) -> ir.Value:
+    """A vector of the float32 at each address."""
+    value = ir.Constant(emit.vector(FLOAT, len(addresses)), ir.Undefined)
+    for lane, address in enumerate(addresses):
+        value = b.insert_element(value, emit.load(b, FLOAT, address), ir.Constant(emit.I32, lane))
+    return value
