@@ -19,8 +19,9 @@ class Unsupported(Exception):
 class Target:
     """A family of processors.
 
-    `lanes` is the number of float32 in a register. `columns[n - 1]` is how many outputs a
-    tile of n rows computes at once; its last entry is the tallest tile.
+    `lanes` is the number of float32 in a register. `columns[effort][n - 1]` is how many outputs a
+    tile of n rows computes at once for a storage of that effort (`storages.Storage`); the last
+    entry is the tallest tile.
     """
 
     name: str
@@ -28,18 +29,22 @@ class Target:
     features: str
     needs: tuple[str, ...]
     lanes: int
-    columns: tuple[int, ...]
+    columns: tuple[tuple[int, ...], ...]
 
 
 _FMA = ("avx", "fma", "f16c")
 _AVX2 = (*_FMA, "avx2", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
+# Chosen by measurement on AVX2, whose 16 registers hold 8 lanes each.
+_NARROW = ((4, 4, 2), (4, 3, 2), (2, 2, 1, 1, 1, 1))
+_WIDE = ((4, 4, 4, 4),) * 3
+
 # The best first.
 TARGETS = (
-    Target("avx512", "x86-64-v4", "", _AVX512, 16, (4, 4, 4, 4)),
-    Target("avx2", "x86-64-v3", "", _AVX2, 8, (4, 3, 2)),
-    Target("fma", "x86-64-v2", "+avx,+fma,+f16c", _FMA, 8, (4, 3, 2)),
+    Target("avx512", "x86-64-v4", "", _AVX512, 16, _WIDE),
+    Target("avx2", "x86-64-v3", "", _AVX2, 8, _NARROW),
+    Target("fma", "x86-64-v2", "+avx,+fma,+f16c", _FMA, 8, _NARROW),
 )
 
 

@@ -60,13 +60,13 @@ def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
                     b.call(tiles[height, width], places)
 
     columns = emit.slot(b, I64, first)
-    *fewer, most = target.columns
+    *fewer, most = columns_at_once = target.columns[storage.effort]
     for height, width in enumerate(fewer, 1):
         with b.if_then(b.icmp_signed("==", rows, emit.word(height))):
             sweep(columns, [height], width)
             sweep(columns, [height], 1)
     for width in (most, 1):
-        sweep(columns, range(len(target.columns), 0, -1), width)
+        sweep(columns, range(len(columns_at_once), 0, -1), width)
     b.ret_void()
     return b.function
 
@@ -92,14 +92,23 @@ class _Sums:
     def add_block(self, b: ir.IRBuilder, xs: Sequence[ir.Value], weights: Sequence[Parts]) -> None:
         """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
         kind = emit.vector(FLOAT, self.lanes)
-        for part in range(order.BLOCK // self.lanes):
-            register = part % (order.PARTIAL_SUMS // self.lanes)
-            ws = [weight(part) for weight in weights]
+        registers = order.PARTIAL_SUMS // self.lanes
+        for column, part in self._walk():
+            w = weights[column](part)
             for row, x in zip(self.slots, xs, strict=True):
                 value = emit.load(b, kind, x, 4 * self.lanes * part)
-                for pair, w in zip(row, ws, strict=True):
-                    place = pair[register]
-                    b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
+                place = row[column][part % registers]
+                b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
+
+    def _walk(self) -> list[tuple[int, int]]:
+        """The columns and parts of a block in the order that needs the fewest registers at once.
+
+        Both orders add the same products to the same sums in the same order.
+        """
+        columns, parts = range(len(self.slots[0])), range(order.BLOCK // self.lanes)
+        if len(self.slots) < 3:
+            return [(column, part) for column in columns for part in parts]
+        return [(column, part) for part in parts for column in columns]
 
     def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
         """The sums of one row's pairs."""
