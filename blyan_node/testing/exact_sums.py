@@ -60,10 +60,91 @@ def products(
     biases: Floats | None = None,
     broken: Broken | None = None,
 ) -> Floats:
-    """What `Kernels.linear` gives for weights of the values w [outs, depth]."""
+    """x times w transposed, scaled, for weights of the values w [outs, depth]."""
     with np.errstate(all="ignore"):
         y = dots(x, w, broken) * np.float32(unit)
         y = y * (np.float32(1) if scales is None else scales)
         y = y + (np.float32(-0.0) if biases is None else biases)
-    y[np.isnan(y)] = np.float32("nan")
-    return y
+    return one_nan(y)
+
+
+def exp(x: Floats) -> Floats:
+    """e^x."""
+
+    def f(value: float) -> Floats:
+        return np.array(value, np.float32)
+
+    with np.errstate(all="ignore"):
+        x = np.clip(x, f(-104), f(89))
+        shifted = fma(x, f(1.44269504), f(12582912))
+        n = shifted - f(12582912)
+        r = fma(n, f(2.12194440e-4), fma(n, f(-0.693359375), x))
+        p = f(1.9875691500e-4)
+        for coefficient in (
+            1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
+        ):  # fmt: skip
+            p = fma(p, r, f(coefficient))
+        p = fma(p, r * r, r) + f(1)
+        whole = np.nan_to_num(n).astype(np.int32)
+        half = whole >> 1
+        power: Floats = np.ldexp(np.ldexp(p, half), whole - half)
+        return power
+
+
+def sigmoid_of_product(top: Floats | np.float32, x: Floats) -> Floats:
+    """top / (1 + e^-x)."""
+    with np.errstate(all="ignore"):
+        return one_nan(top / (exp(-x) + np.float32(1)))
+
+
+def swiglu(gate: Floats, up: Floats) -> Floats:
+    """SiLU(gate) · up."""
+    with np.errstate(all="ignore"):
+        return one_nan(sigmoid_of_product(gate, gate) * up)
+
+
+def gpt_oss(both: Floats, limit: float, alpha: float) -> Floats:
+    """gate and up take turns in the rows of `both`."""
+    gate = np.minimum(both[:, ::2], np.float32(limit))
+    up = np.clip(both[:, 1::2], np.float32(-limit), np.float32(limit))
+    with np.errstate(all="ignore"):
+        active = sigmoid_of_product(gate, gate * np.float32(alpha))
+        return one_nan((up + np.float32(1)) * active)
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """Rows of x [n, width]."""
+    squares = np.concatenate([dots(row[None], row[None])[0] for row in x])
+    with np.errstate(all="ignore"):
+        mean = squares / np.float32(x.shape[1])
+        factor = np.float32(1) / np.sqrt(mean + np.float32(eps))
+        normed: Floats = x * factor[:, None] * weight
+        return one_nan(normed)
+
+
+def softmax(x: Floats) -> Floats:
+    """Rows of x [n, width]."""
+    with np.errstate(all="ignore"):
+        largest = np.fmax.reduce(x, axis=1, initial=np.float32("-inf"))
+        shares = exp(x - largest[:, None])
+        total = dots(shares, np.ones((1, x.shape[1]), np.float32))
+        return one_nan(shares / total)
+
+
+def attend(
+    query: Floats, keys: Floats, values: Floats, scale: float, sinks: Floats | None = None
+) -> Floats:
+    """query [heads, dim], keys [kv heads, seen, dim], values [kv heads, seen, value dim]."""
+    group, outs = query.shape[0] // keys.shape[0], []
+    for head, row in enumerate(query):
+        scores = dots(row[None], keys[head // group]) * np.float32(scale)
+        if sinks is not None:
+            scores = np.append(scores, sinks[None, head : head + 1], axis=1)
+        shares = softmax(scores)[:, : keys.shape[1]]
+        outs.append(dots(shares, values[head // group].T.copy()))
+    return one_nan(np.concatenate(outs))
+
+
+def one_nan(x: Floats) -> Floats:
+    """x with one bit pattern for all NaNs."""
+    return np.where(np.isnan(x), np.float32("nan"), x)

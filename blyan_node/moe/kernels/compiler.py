@@ -7,7 +7,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from blyan_node.moe.kernels import emit, tile
+from blyan_node.moe.kernels import attention, emit, epilogues, tile
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
 
@@ -22,20 +22,38 @@ def describe(target: Target) -> ir.Module:
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
         _export(module, tile.product(module, storage, target))
+    for function in epilogues.all_epilogues(module, target):
+        _export(module, function)
+    _export(module, attention.attention(module, target))
     return module
 
 
 def compile_object(target: Target) -> bytes:
     """The machine code of all kernels for a target, which need not be this machine."""
-    machine = _machine(target)
+    compiler = machine(target)
+    return bytes(compiler.emit_object(optimised(target, compiler)))
+
+
+def optimised(target: Target, compiler: Any) -> Any:
+    """All kernels, checked and optimised; `compiler` is the target's machine."""
     module = llvm.parse_assembly(str(describe(target)))
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # Vectors and unrolled steps are written out already.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    builder = llvm.create_pass_builder(machine, options)
+    builder = llvm.create_pass_builder(compiler, options)
     builder.getModulePassManager().run(module, builder)
-    return bytes(machine.emit_object(module))
+    return module
+
+
+def machine(target: Target) -> Any:
+    """LLVM's code generator for a target."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    native = llvm.Target.from_triple(llvm.get_process_triple())
+    return native.create_target_machine(
+        cpu=target.cpu, features=target.features, opt=_OPTIMISATION, jit=True
+    )
 
 
 class Code:
@@ -43,7 +61,7 @@ class Code:
 
     def __init__(self, target: Target, machine_code: bytes) -> None:
         empty = llvm.parse_assembly(f'target triple = "{llvm.get_process_triple()}"')
-        self._engine = llvm.create_mcjit_compiler(empty, _machine(target))
+        self._engine = llvm.create_mcjit_compiler(empty, machine(target))
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
         self._engine.finalize_object()
 
@@ -52,15 +70,6 @@ class Code:
         address = self._engine.get_function_address(name)
         assert address, name
         return ctypes.CFUNCTYPE(None, *arguments)(address)
-
-
-def _machine(target: Target) -> Any:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    native = llvm.Target.from_triple(llvm.get_process_triple())
-    return native.create_target_machine(
-        cpu=target.cpu, features=target.features, opt=_OPTIMISATION, jit=True
-    )
 
 
 def _export(module: ir.Module, inner: ir.Function) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from blyan_node.moe.kernels import emit, order
-from blyan_node.moe.kernels.emit import FLOAT, I8, I64, POINTER
+from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
+from blyan_node.moe.kernels.padding import padded
 from blyan_node.moe.kernels.storages import Parts, Storage
 from blyan_node.moe.kernels.targets import Target
 
@@ -191,40 +192,14 @@ def _add_remainder(
     """Adds the block that depth ends in, as if zeros followed; reads nothing beyond the rows."""
     done, depth = span
     left = b.sub(depth, done)
-    padded_xs = [_padded(b, emit.at(b, x, b.shl(done, emit.word(2))), left, 4) for x in xs]
+    padded_xs = [padded(b, emit.at(b, x, b.shl(done, emit.word(2))), left, 4) for x in xs]
     size = storage.bytes(1)
     parts = []
     for weight in weights:
         start = emit.at(b, weight, b.mul(done, emit.word(size)))
-        padded = _padded(b, start, left, size)
-        parts.append(storage.read(b, padded, padded, sums.lanes))
+        block = padded(b, start, left, size)
+        parts.append(storage.read(b, block, block, sums.lanes))
     sums.add_block(b, padded_xs, parts)
-
-
-def _padded(b: ir.IRBuilder, start: ir.Value, count: ir.Value, size: int) -> ir.Value:
-    """A copy of `count` values of `size` bytes, followed by zeros to a whole block."""
-    block = emit.slot(b, ir.ArrayType(I8, size * order.BLOCK))
-    name = f"pad_{size}"
-    function = b.module.globals.get(name) or _pad(b.module, name, size)
-    b.call(function, [block, start, count])
-    return block
-
-
-def _pad(module: ir.Module, name: str, size: int) -> ir.Function:
-    """The function behind `_padded`."""
-    kind = ir.IntType(8 * size)
-    b, arguments = emit.define(
-        module, name, (("block", POINTER), ("start", POINTER), ("count", I64))
-    )
-    block, start, count = arguments
-    for offset in range(size):
-        zeros = emit.constant(emit.vector(I8, order.BLOCK), 0)
-        emit.store(b, zeros, block, offset * order.BLOCK)
-    with emit.counting(b, count) as index:
-        offset = b.mul(index, emit.word(size))
-        emit.store(b, emit.load(b, kind, start, offset), block, offset)
-    b.ret_void()
-    return b.function
 
 
 def _finish(

@@ -16,12 +16,17 @@ def _targets() -> list[Target]:
 
 
 @pytest.fixture(scope="session")
-def every_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
+def objects_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests keep machine code."""
+    return tmp_path_factory.mktemp("objects")
+
+
+@pytest.fixture(scope="session")
+def every_kernels(objects_folder: Path) -> list[Kernels]:
     """One of each target that runs here."""
     if not _targets():
         pytest.skip("this processor has no fused multiply-add")
-    folder: Path = tmp_path_factory.mktemp("objects")
-    return [load(folder, target) for target in _targets()]
+    return [load(objects_folder, target) for target in _targets()]
 
 
 @pytest.fixture(params=[target.name for target in _targets()] or ["none"])

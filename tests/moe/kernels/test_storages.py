@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,11 +201,13 @@ def test_any_address(kernels: Kernels, name: str) -> None:
         assert _differing(kernels.linear(wide[:, 3:67], matrix).numpy(), expected) == 0
 
 
-def test_nothing_is_read_or_written_beyond_the_buffers(kernels: Kernels) -> None:
+def test_nothing_is_read_or_written_beyond_the_buffers(
+    kernels: Kernels, objects_folder: Path
+) -> None:
     """Everything ends where a page ends and the next one may not be touched; else: a crash."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{_AT_THE_EDGE}",
-         kernels.target.name],
+         kernels.target.name, objects_folder],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -213,6 +216,7 @@ def test_nothing_is_read_or_written_beyond_the_buffers(kernels: Kernels) -> None
 
 _AT_THE_EDGE = """
 import ctypes, mmap, sys
+from pathlib import Path
 import torch
 from blyan_node.moe.kernels.library import load
 from blyan_node.moe.kernels.matrix import Matrix
@@ -230,7 +234,7 @@ def at_the_edge(length):
     assert libc.mprotect(last, ctypes.c_size_t(PAGE), 0) == 0
     return whole[pages * PAGE - length : pages * PAGE]
 
-kernels = load(None, next(t for t in runnable() if t.name == sys.argv[1]))
+kernels = load(Path(sys.argv[2]), next(t for t in runnable() if t.name == sys.argv[1]))
 for name, storage in STORAGES.items():
     for depth in (32, 96) if storage.scaled else (1, 31, 33, 100):
         for rows in (1, 2, 5):
