@@ -117,9 +117,8 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     squares = np.concatenate([dots(row[None], row[None])[0] for row in x])
     with np.errstate(all="ignore"):
         mean = squares / np.float32(x.shape[1])
-        factor = np.float32(1) / np.sqrt(mean + np.float32(eps))
-        normed: Floats = x * factor[:, None] * weight
-        return one_nan(normed)
+        factor = (1 / np.sqrt(mean + np.float32(eps))).astype(np.float32)
+        return one_nan(x * factor[:, None] * weight)
 
 
 def softmax(x: Floats) -> Floats:

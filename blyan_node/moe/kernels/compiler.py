@@ -7,7 +7,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from blyan_node.moe.kernels import attention, emit, epilogues, tile
+from blyan_node.moe.kernels import attention, emit, epilogues, reading, tile
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
 
@@ -25,6 +25,7 @@ def describe(target: Target) -> ir.Module:
     for function in epilogues.all_epilogues(module, target):
         _export(module, function)
     _export(module, attention.attention(module, target))
+    _export(module, reading.read(module))
     return module
 
 

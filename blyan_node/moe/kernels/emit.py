@@ -89,6 +89,12 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, addend: ir.Value) -> ir.Value
     return intrinsic(b, f"llvm.fma.{name}", kind, [x, y, addend])
 
 
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Asks for the cache line there, for reading, in the second level; any address will do."""
+    flags = [ir.Constant(I32, value) for value in (0, 2, 1)]
+    intrinsic(b, "llvm.prefetch.p0", VOID, [address, *flags])
+
+
 @contextmanager
 def steps(
     b: ir.IRBuilder, cell: ir.Value, last: ir.Value, step: ir.Value | int

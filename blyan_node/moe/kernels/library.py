@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.kernels import attention, compiler, objects
-from blyan_node.moe.kernels.matrix import Matrix
+from blyan_node.moe.kernels.matrix import Buffer, Matrix, address
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target, runnable
 from blyan_node.moe.kernels.workers import Workers
@@ -53,6 +53,7 @@ class Kernels:
             name: self._code.function(f"call_{name}", arguments)
             for name, arguments in _EPILOGUES.items()
         }
+        self._read = self._code.function("call_read", (_PLACE, _COUNT, _PLACE))
         self._attend = self._code.function("call_attend", (_PLACE, _COUNT, _COUNT))
 
     def close(self) -> None:
@@ -83,6 +84,12 @@ class Kernels:
 
         self._workers.share(part, end - begin, rows * depth * (end - begin), _COLUMNS_STEP)
         return out
+
+    def read(self, buffer: Buffer, length: int) -> int:
+        """Reads `length` bytes and does next to nothing: the limit of every product of one row."""
+        found = ctypes.c_int64()
+        self._read(address(buffer), length, ctypes.addressof(found))
+        return found.value
 
     def swiglu(self, gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
         """SiLU(gate) · up, both [n, width]."""

@@ -23,7 +23,6 @@ FIELDS = (
 )  # fmt: skip
 
 _LINE_BYTES = 64
-_READ, _SOON, _DATA = 0, 2, 1  # llvm.prefetch: for reading, into the second level, of data
 
 ARGUMENTS = (
     ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
@@ -141,7 +140,8 @@ def _tile(
         parts = []
         for weight, scale in zip(weights, scales, strict=True):
             block = emit.at(b, weight, _length(b, storage, k))
-            _prefetch(b, emit.at(b, block, ahead), storage.bytes(order.BLOCK))
+            for line in range(0, storage.bytes(order.BLOCK), _LINE_BYTES):
+                emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
             block_scale = emit.at(b, scale, b.lshr(k, emit.word(5)))
             parts.append(storage.read(b, block, block_scale, target.lanes))
         sums.add_block(b, [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs], parts)
@@ -172,13 +172,6 @@ def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:
     """The distance in bytes to the same place in a tile that is a while ahead."""
     tile = b.mul(field(b, matrix, "weights_stride"), emit.word(columns))
     return b.mul(tile, field(b, matrix, "tiles_ahead"))
-
-
-def _prefetch(b: ir.IRBuilder, address: ir.Value, length: int) -> None:
-    for offset in range(0, length, _LINE_BYTES):
-        flags = [ir.Constant(emit.I32, value) for value in (_READ, _SOON, _DATA)]
-        line = emit.at(b, address, offset)
-        emit.intrinsic(b, "llvm.prefetch.p0", emit.VOID, [line, *flags])
 
 
 def _add_remainder(
