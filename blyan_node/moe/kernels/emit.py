@@ -89,6 +89,11 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, addend: ir.Value) -> ir.Value
     return intrinsic(b, f"llvm.fma.{name}", kind, [x, y, addend])
 
 
+def keep_order(b: ir.IRBuilder) -> None:
+    """No load or store moves across this point when code is scheduled; costs no instruction."""
+    b.fence("seq_cst", "singlethread")
+
+
 def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     """Asks for the cache line there, for reading, in the second level; any address will do."""
     flags = [ir.Constant(I32, value) for value in (0, 2, 1)]

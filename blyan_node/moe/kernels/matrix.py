@@ -18,6 +18,14 @@ _TILE_COLUMNS = 4
 # What a matrix without scales or biases is given: neither changes a bit of any sum.
 _ONE, _NOTHING = np.array([1.0], np.float32), np.array([-0.0], np.float32)
 
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
+}
+
 # A torch tensor, a numpy array, or anything that has the buffer protocol.
 Buffer = Any
 
@@ -85,3 +93,12 @@ class Matrix:
             tiles_ahead=1 + _AHEAD_BYTES // max(1, stride * _TILE_COLUMNS),
         )
         self.place = ctypes.addressof(self._place)
+
+    @classmethod
+    def of(
+        cls, weight: torch.Tensor, *, scales: Buffer | None = None, biases: Buffer | None = None
+    ) -> "Matrix":
+        """A weight [outs, depth] as torch keeps it, in the storage of its dtype."""
+        if weight.dtype not in _DTYPES or weight.dim() != 2 or not weight.is_contiguous():
+            raise ValueError(f"{weight.dtype} {tuple(weight.shape)} cannot be read in place")
+        return cls(_DTYPES[weight.dtype], weight.shape, weight, scales=scales, biases=biases)

@@ -5,8 +5,8 @@ an output's bits are those of docs/sums.md on each of them.
 """
 
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import llvmlite.binding as llvm
 
@@ -16,12 +16,19 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How many rows and columns a tile has: for some numbers of rows, and for all others."""
+
+    few: Mapping[int, tuple[int, int]]
+    many: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Target:
     """A family of processors.
 
-    `lanes` is the number of float32 in a register. `columns[effort][n - 1]` is how many outputs a
-    tile of n rows computes at once for a storage of that effort (`storages.Storage`); the last
-    entry is the tallest tile.
+    `lanes` is the number of float32 in a register. `tiles` has an entry for each effort that a
+    storage can take (`storages.Storage`).
     """
 
     name: str
@@ -29,7 +36,7 @@ class Target:
     features: str
     needs: tuple[str, ...]
     lanes: int
-    columns: tuple[tuple[int, ...], ...]
+    tiles: Sequence[Tiles] = field(hash=False)
 
 
 _FMA = ("avx", "fma", "f16c")
@@ -37,8 +44,13 @@ _AVX2 = (*_FMA, "avx2", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 # Chosen by measurement on AVX2, whose 16 registers hold 8 lanes each.
-_NARROW = ((4, 4, 2), (4, 3, 2), (2, 2, 1, 1, 1, 1))
-_WIDE = ((4, 4, 4, 4),) * 3
+_NARROW = (
+    Tiles({1: (1, 4), 2: (2, 4), 4: (2, 4)}, (3, 2)),
+    Tiles({1: (1, 4), 2: (2, 3), 4: (2, 3)}, (3, 2)),
+    Tiles({1: (1, 2), 2: (2, 2)}, (6, 1)),
+)
+# 32 registers of 16 lanes; not measured on such a machine.
+_WIDE = (Tiles({1: (1, 4), 2: (2, 4)}, (4, 4)),) * 3
 
 # The best first.
 TARGETS = (

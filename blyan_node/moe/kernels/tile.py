@@ -60,13 +60,14 @@ def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
                     b.call(tiles[height, width], places)
 
     columns = emit.slot(b, I64, first)
-    *fewer, most = columns_at_once = target.columns[storage.effort]
-    for height, width in enumerate(fewer, 1):
-        with b.if_then(b.icmp_signed("==", rows, emit.word(height))):
+    shapes = target.tiles[storage.effort]
+    for rows_here, (height, width) in sorted(shapes.few.items()):
+        with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
             sweep(columns, [height], width)
             sweep(columns, [height], 1)
-    for width in (most, 1):
-        sweep(columns, range(len(columns_at_once), 0, -1), width)
+    height, width = shapes.many
+    for most in (width, 1):
+        sweep(columns, range(height, 0, -1), most)
     b.ret_void()
     return b.function
 
@@ -93,22 +94,15 @@ class _Sums:
         """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
         kind = emit.vector(FLOAT, self.lanes)
         registers = order.PARTIAL_SUMS // self.lanes
-        for column, part in self._walk():
-            w = weights[column](part)
-            for row, x in zip(self.slots, xs, strict=True):
-                value = emit.load(b, kind, x, 4 * self.lanes * part)
-                place = row[column][part % registers]
-                b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
-
-    def _walk(self) -> list[tuple[int, int]]:
-        """The columns and parts of a block in the order that needs the fewest registers at once.
-
-        Both orders add the same products to the same sums in the same order.
-        """
-        columns, parts = range(len(self.slots[0])), range(order.BLOCK // self.lanes)
-        if len(self.slots) < 3:
-            return [(column, part) for column in columns for part in parts]
-        return [(column, part) for part in parts for column in columns]
+        for part in range(order.BLOCK // self.lanes):
+            for column, weight in enumerate(weights):
+                w = weight(part)
+                for row, x in zip(self.slots, xs, strict=True):
+                    value = emit.load(b, kind, x, 4 * self.lanes * part)
+                    place = row[column][part % registers]
+                    b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
+            # Left to itself LLVM loads for the next part first and runs out of registers.
+            emit.keep_order(b)
 
     def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
         """The sums of one row's pairs."""

@@ -259,3 +259,37 @@ def test_the_threads_rules_of_floating_point_do_not_matter(kernels: Kernels) -> 
     finally:
         torch.set_flush_denormal(False)
     assert _differing(found.numpy(), expected) == 0
+
+
+def test_a_tensor_is_read_in_place(kernels: Kernels) -> None:
+    x, w, bias = torch.randn(3, 40), torch.randn(6, 40), torch.randn(6)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        stored = w.to(dtype)
+        expected = products(x.numpy(), stored.float().numpy(), biases=bias.numpy())
+        found = kernels.linear(x, Matrix.of(stored, biases=bias)).numpy()
+        assert _differing(found, expected) == 0
+    with pytest.raises(ValueError, match="cannot be read in place"):
+        Matrix.of(w.t())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORAGES)
+def test_millions_of_outputs(every_kernels: list[Kernels], name: str) -> None:
+    """Every target and composition gives a row the bits that it has alone; some are checked."""
+    random = np.random.default_rng(11)
+    for outs, depth in ((1536, 576), (67, 2880), (45, 4096)):
+        case = _case(name, outs, depth, depth, every_code=False)
+        x = _x(64, depth, outs)
+        alone = np.concatenate(
+            [every_kernels[0].linear(torch.from_numpy(row[None]), case.matrix) for row in x]
+        )
+        few = random.integers(0, outs, 16)
+        case.values, case.scales, case.biases = (
+            case.values[few], case.scales[few], case.biases[few]
+        )  # fmt: skip
+        assert _differing(alone[:4, few], case.expected(x[:4])) == 0
+        for rows in range(1, 65, 3):
+            for kernels in every_kernels:
+                order = random.integers(0, 64, rows)
+                found = kernels.linear(torch.from_numpy(x[order]), case.matrix).numpy()
+                assert _differing(found, alone[order]) == 0, (outs, rows, kernels.target.name)
