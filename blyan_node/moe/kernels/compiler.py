@@ -21,23 +21,23 @@ def describe(target: Target) -> ir.Module:
     module = ir.Module("kernels")
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
-        _export(module, tile.product(module, storage, target))
+        export(module, tile.product(module, storage, target))
     for function in epilogues.all_epilogues(module, target):
-        _export(module, function)
-    _export(module, attention.attention(module, target))
-    _export(module, reading.read(module))
+        export(module, function)
+    export(module, attention.attention(module, target))
+    export(module, reading.read(module))
     return module
 
 
 def compile_object(target: Target) -> bytes:
     """The machine code of all kernels for a target, which need not be this machine."""
     compiler = machine(target)
-    return bytes(compiler.emit_object(optimised(target, compiler)))
+    return bytes(compiler.emit_object(optimise(str(describe(target)), compiler)))
 
 
-def optimised(target: Target, compiler: Any) -> Any:
-    """All kernels, checked and optimised; `compiler` is the target's machine."""
-    module = llvm.parse_assembly(str(describe(target)))
+def optimise(text: str, compiler: Any) -> Any:
+    """A module from its text, checked and optimised for `compiler`, a target's machine."""
+    module = llvm.parse_assembly(text)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # Vectors and unrolled steps are written out already.
@@ -73,7 +73,7 @@ class Code:
         return ctypes.CFUNCTYPE(None, *arguments)(address)
 
 
-def _export(module: ir.Module, inner: ir.Function) -> None:
+def export(module: ir.Module, inner: ir.Function) -> None:
     """A function `call_NAME` that runs `inner` under one set of floating-point rules.
 
     The rules of the calling thread come back afterwards: libraries turn on flushing to zero.

@@ -1,8 +1,8 @@
 """e^x by arithmetic that every processor rounds alike; docs/sums.md has the same in plain Python.
 
 x is cut into n · ln 2 + r, e^r is a polynomial of r (Cephes' expf, S. L. Moshier), and 2^n is
-multiplied in twice half so that denormal results and infinity come out right. The error is below
-1 unit in the last place from -87 to 88 (measured for every float32 there).
+multiplied in as two halves so that denormal results and infinity come out right. The error stays
+below 1.2 units in the last place (a test measures a million values).
 """
 
 from llvmlite import ir

@@ -21,7 +21,8 @@ _COLUMNS_STEP = 12
 
 _PLACE, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _NUMBER = ctypes.c_float
-_LINEAR = (_PLACE, _PLACE, _COUNT, _COUNT, _PLACE, _COUNT, _COUNT, _COUNT)
+# The arguments of `call_linear_STORAGE`, as tile.ARGUMENTS names them.
+LINEAR = (_PLACE, _PLACE, _COUNT, _COUNT, _PLACE, _COUNT, _COUNT, _COUNT)
 
 _ROWS = (_PLACE, _COUNT)
 _EPILOGUES = {
@@ -47,7 +48,7 @@ class Kernels:
         self._workers = Workers(threads)
         self._code = compiler.Code(target, machine_code)
         self._linear = {
-            name: self._code.function(f"call_linear_{name}", _LINEAR) for name in STORAGES
+            name: self._code.function(f"call_linear_{name}", LINEAR) for name in STORAGES
         }
         self._epilogues = {
             name: self._code.function(f"call_{name}", arguments)

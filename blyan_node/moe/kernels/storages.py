@@ -12,7 +12,7 @@ from functools import cache
 from llvmlite import ir
 
 from blyan_node.moe.kernels import emit
-from blyan_node.moe.kernels.emit import FLOAT, HALF, I8, I16, I32, vector
+from blyan_node.moe.kernels.emit import FLOAT, HALF, I8, I16, I32, constant, vector
 
 # Part p of a block: a register with its weights p * lanes, p * lanes + 1, …
 Parts = Callable[[int], ir.Value]
@@ -46,7 +46,7 @@ def _bfloat16(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> 
     def part(number: int) -> ir.Value:
         raw = emit.load(b, vector(I16, lanes), block, 2 * lanes * number)
         wide = b.zext(raw, vector(I32, lanes))
-        return b.bitcast(b.shl(wide, emit.constant(wide.type, 16)), vector(FLOAT, lanes))
+        return b.bitcast(b.shl(wide, constant(wide.type, 16)), vector(FLOAT, lanes))
 
     return part
 
@@ -77,10 +77,10 @@ def _fp8(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts
     @cache
     def sixteen(number: int) -> ir.Value:
         raw = b.sext(emit.load(b, vector(I8, 16), block, 16 * number), kind)
-        low = b.and_(raw, emit.constant(kind, 0x7F))
-        nan = b.icmp_signed("==", low, emit.constant(kind, 0x7F))
-        moved = b.shl(raw, emit.constant(kind, 7))
-        bits = b.and_(moved, emit.constant(kind, 0xBFFF))
+        low = b.and_(raw, constant(kind, 0x7F))
+        nan = b.icmp_signed("==", low, constant(kind, 0x7F))
+        moved = b.shl(raw, constant(kind, 7))
+        bits = b.and_(moved, constant(kind, 0xBFFF))
         return b.bitcast(b.or_(bits, b.sext(nan, kind)), vector(HALF, 16))
 
     def part(number: int) -> ir.Value:
@@ -101,9 +101,9 @@ def _mxfp4(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Par
     """E2M1 codes, two in a byte, times the power of two of their block."""
     kind = vector(I8, 16)
     raw = emit.load(b, kind, block)
-    even = b.and_(raw, emit.constant(kind, 0x0F))
-    odd = b.lshr(raw, emit.constant(kind, 4))
-    zero, table = emit.constant(kind, 0), ir.Constant(kind, _E2M1)
+    even = b.and_(raw, constant(kind, 0x0F))
+    odd = b.lshr(raw, constant(kind, 4))
+    zero, table = constant(kind, 0), ir.Constant(kind, _E2M1)
     power = emit.broadcast(b, _power_of_two(b, scale), lanes)
 
     @cache
@@ -125,14 +125,11 @@ def _mxfp4(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Par
 def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
     """The float32 2^(byte - 127) of an E8M0 byte: 0 gives a denormal, 255 is NaN."""
     byte = b.zext(emit.load(b, I8, scale), I32)
-    bits = b.shl(byte, emit.constant(I32, 23))
-    bits = b.select(b.icmp_signed("==", byte, emit.constant(I32, 0)), _bits(1 << 22), bits)
-    bits = b.select(b.icmp_signed("==", byte, emit.constant(I32, 255)), _bits(0x7FC00000), bits)
-    return b.bitcast(bits, FLOAT)
-
-
-def _bits(value: int) -> ir.Constant:
-    return emit.constant(I32, value)
+    bits = b.shl(byte, constant(I32, 23))
+    least = constant(I32, 1 << 22)  # 2^-127, which is also the bit that makes infinity a NaN
+    bits = b.select(b.icmp_unsigned(">", bits, least), bits, least)
+    nan = b.zext(b.icmp_unsigned("==", byte, constant(I32, 255)), I32)
+    return b.bitcast(b.or_(bits, b.shl(nan, constant(I32, 22))), FLOAT)
 
 
 STORAGES = {

@@ -176,17 +176,41 @@ def _add_remainder(
     weights: Sequence[ir.Value],
     span: tuple[ir.Value, ir.Value],
 ) -> None:
-    """Adds the block that depth ends in, as if zeros followed; reads nothing beyond the rows."""
+    """Adds the block that depth ends in, pair by pair; few models have one."""
     done, depth = span
     left = b.sub(depth, done)
-    padded_xs = [padded(b, emit.at(b, x, b.shl(done, emit.word(2))), left, 4) for x in xs]
-    size = storage.bytes(1)
-    parts = []
-    for weight in weights:
-        start = emit.at(b, weight, b.mul(done, emit.word(size)))
-        block = padded(b, start, left, size)
-        parts.append(storage.read(b, block, block, sums.lanes))
-    sums.add_block(b, padded_xs, parts)
+    name = f"remainder_{storage.name}"
+    function = b.module.globals.get(name) or _remainder(b.module, name, storage, sums.lanes)
+    kind = emit.vector(FLOAT, sums.lanes)
+    place = emit.slot(b, ir.ArrayType(FLOAT, order.PARTIAL_SUMS))
+    for row, x in zip(sums.slots, xs, strict=True):
+        x_left = emit.at(b, x, b.shl(done, emit.word(2)))
+        for pair, weight in zip(row, weights, strict=True):
+            w_left = emit.at(b, weight, b.mul(done, emit.word(storage.bytes(1))))
+            for number, register in enumerate(pair):
+                emit.store(b, b.load(register, typ=kind), place, 4 * sums.lanes * number)
+            b.call(function, [place, x_left, w_left, left])
+            for number, register in enumerate(pair):
+                b.store(emit.load(b, kind, place, 4 * sums.lanes * number), register)
+
+
+def _remainder(module: ir.Module, name: str, storage: Storage, lanes: int) -> ir.Function:
+    """Adds `left` products, as if zeros followed, to the sums at `place`.
+
+    Reads nothing beyond the rows.
+    """
+    places = (("place", POINTER), ("x", POINTER), ("weight", POINTER), ("left", I64))
+    b, (place, x, weight, left) = emit.define(module, name, places)
+    sums, kind = _Sums.zero(b, 1, 1, lanes), emit.vector(FLOAT, lanes)
+    ((registers,),) = sums.slots
+    for number, register in enumerate(registers):
+        b.store(emit.load(b, kind, place, 4 * lanes * number), register)
+    block = padded(b, weight, left, storage.bytes(1))
+    sums.add_block(b, [padded(b, x, left, 4)], [storage.read(b, block, block, lanes)])
+    for number, register in enumerate(registers):
+        emit.store(b, b.load(register, typ=kind), place, 4 * lanes * number)
+    b.ret_void()
+    return b.function
 
 
 def _finish(

@@ -1,15 +1,21 @@
 """Products equal the reference of docs/sums.md bit for bit, however they are cut up."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
+from llvmlite import ir
 
-from blyan_node.moe.kernels.library import Kernels
+from blyan_node.moe.kernels import compiler, emit, order, tile
+from blyan_node.moe.kernels.library import LINEAR, Kernels
 from blyan_node.moe.kernels.matrix import Matrix
+from blyan_node.moe.kernels.storages import STORAGES
+from blyan_node.moe.kernels.targets import runnable
 from blyan_node.testing.exact_sums import Broken, Floats, dots, products
 
 DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 95, 288]
@@ -72,3 +78,62 @@ def test_another_order_is_noticed(kernels: Kernels, broken: Broken) -> None:
     found = kernels.linear(torch.from_numpy(x), Matrix("float32", w.shape, w)).numpy()
     assert _same(found, dots(x, w))
     assert not _same(found, dots(x, w, broken))
+
+
+def _tree_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partial sums of a register are added to their neighbours instead of the other half."""
+
+    def pick(b: Any, first: Any, second: Any, lanes: Any) -> Any:
+        lanes = list(lanes)
+        if 1 < len(lanes) < 8 and lanes == list(range(lanes[0], lanes[0] + len(lanes))):
+            start = 0 if lanes[0] == 0 else 1
+            lanes = [start + 2 * lane for lane in range(len(lanes))]
+        return _pick(b, first, second, lanes)
+
+    _pick = emit.pick
+    monkeypatch.setattr(emit, "pick", pick)
+
+
+def _remainder_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile, "_add_remainder", lambda *arguments: None)
+
+
+def _padding_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block that depth ends in is not continued with zeros but with what follows."""
+    monkeypatch.setattr(tile, "padded", lambda b, start, count, size: start)
+
+
+def _blocks_of_half_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "PARTIAL_SUMS", 8)
+
+
+@pytest.mark.parametrize(
+    "breaking",
+    [
+        _tree_of_neighbours,
+        _remainder_forgotten,
+        _padding_forgotten,
+        _blocks_of_half_the_size,
+    ],
+)
+def test_a_broken_kernel_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, breaking: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """What compiles is the kernel with one rule broken; its bits are not the reference's."""
+    target = runnable()[0]
+    random = np.random.default_rng(3)
+    # Memory goes on after both, so that reading too far does no harm.
+    x, w = _rows(random, 7, 75)[:5], _rows(random, 11, 75)[:9]
+    matrix = Matrix("float32", w.shape, w)
+    breaking(monkeypatch)
+    module = ir.Module("broken")
+    module.triple = llvm.get_process_triple()
+    compiler.export(module, tile.product(module, STORAGES["float32"], target))
+    machine = compiler.machine(target)
+    code = compiler.Code(target, machine.emit_object(compiler.optimise(str(module), machine)))
+    found = np.zeros((5, 9), np.float32)
+    code.function("call_linear_float32", LINEAR)(
+        matrix.place, x.ctypes.data, 4 * 75, 5, found.ctypes.data, 4 * 9, 0, 9
+    )
+    assert np.isfinite(found).all()
+    assert not _same(found, products(x, w))
