@@ -24,7 +24,7 @@ PRODUCTS_MAX = 1 << 30  # of one measure: many rows need no cold weights to be s
 RUNS = 5
 GOALS = {"float32": 1.2, "bfloat16": 1.2, "int8": 1.2}
 PEERS = {"float32": "torch float32", "bfloat16": "torch bfloat16", "float16": "torch bfloat16"}
-EIGHT_BIT = "torch _weight_int8pack_mm"
+EIGHT_BIT, PACKED = "torch _weight_int8pack_mm", "torch bfloat16 packed"
 
 # A product with each copy of a matrix in turn.
 Products = list[Callable[[Tensor], object]]
@@ -52,7 +52,7 @@ def measure() -> list[Row]:
 def _report(name: str, rows: int, taken: dict[str, float]) -> list[Row]:
     size = STORAGES[name].bytes(SIDE * SIDE) + (SIDE * SIDE // 32 if name == "mxfp4" else 0)
     peer = PEERS.get(name, EIGHT_BIT)
-    others = [peer, *(n for n in taken if n.startswith("torch") and n != peer)]
+    others = [peer, *(n for n in (*PEERS.values(), EIGHT_BIT, PACKED) if n != peer)]
     beside = {n: SIDE * SIDE / taken[n] / 1e9 if n in taken else None for n in others}
     goal = f">= {GOALS[name]} at one row" if name in GOALS else "beside 8 or 16 bit"
     return [
@@ -120,10 +120,10 @@ def _torch_products() -> dict[str, Products]:
     }
     try:
         packed = [torch.ops.mkldnn._reorder_linear_weight(w, 1) for w in half]
-        products["torch bfloat16 packed"] = [partial(_packed, w) for w in packed]
+        products[PACKED] = [partial(_packed, w) for w in packed]
         _packed(packed[0], torch.ones(1, SIDE))
     except RuntimeError:  # oneDNN has no bfloat16 on this processor
-        products.pop("torch bfloat16 packed", None)
+        products.pop(PACKED, None)
     return products
 
 
