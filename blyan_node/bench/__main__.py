@@ -19,6 +19,7 @@ MEASUREMENTS = {
     "bulk": "bulk",
     "gossip-16": "gossiping",
     "idle": "idling",
+    "kernels": "kernels",
     "decode-float32": "decoding",
     "decode-swarm": "swarm",
     "widening": "widening",

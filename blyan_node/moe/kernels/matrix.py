@@ -1,0 +1,104 @@
+"""Where a matrix of weights lies: what a kernel is told about it."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from blyan_node.moe.kernels.order import BLOCK
+from blyan_node.moe.kernels.storages import STORAGES
+from blyan_node.moe.kernels.tile import FIELDS
+
+# Others are asked for while the weights this far before them are read.
+_AHEAD_BYTES = 16 * 1024
+_TILE_COLUMNS = 4
+
+# What a matrix without scales or biases is given: neither changes a bit of any sum.
+_ONE, _NOTHING = np.array([1.0], np.float32), np.array([-0.0], np.float32)
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
+}
+
+# A torch tensor, a numpy array, or anything that has the buffer protocol.
+Buffer = Any
+
+
+class _Place(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
+
+
+def address(buffer: Buffer) -> int:
+    """Where a contiguous buffer begins in memory."""
+    if isinstance(buffer, torch.Tensor):
+        return buffer.data_ptr()
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
+
+
+def _length(buffer: Buffer) -> int:
+    if isinstance(buffer, torch.Tensor):
+        assert buffer.is_contiguous()
+        return buffer.numel() * buffer.element_size()
+    return memoryview(buffer).nbytes
+
+
+class Matrix:
+    """Weights [outs, depth] of one storage, read where they are: x · weightsᵀ · scales + biases.
+
+    `weights` has `outs` rows of `depth` weights, one after another, at any address. mxfp4 has two
+    weights in a byte, the lower four bits first, and `block_scales` with a byte for each 32. Any
+    storage may have `scales` and `biases`, float32 [outs]. The buffers are kept alive.
+    """
+
+    def __init__(
+        self,
+        storage: str,
+        shape: Sequence[int],
+        weights: Buffer,
+        *,
+        block_scales: Buffer | None = None,
+        scales: Buffer | None = None,
+        biases: Buffer | None = None,
+    ) -> None:
+        self.storage = STORAGES[storage]
+        self.outs, self.depth = shape
+        if self.storage.scaled != (block_scales is not None):
+            raise ValueError(f"{storage}: block_scales belong to mxfp4 and to nothing else")
+        if self.storage.scaled and self.depth % BLOCK:
+            raise ValueError(f"{storage}: depth {self.depth} is not a multiple of {BLOCK}")
+        self._buffers = (weights, block_scales, scales, biases)
+        stride = self.storage.bytes(self.depth)
+        blocks = self.depth // BLOCK if self.storage.scaled else 0
+        lengths = (stride * self.outs, blocks * self.outs, 4 * self.outs, 4 * self.outs)
+        for buffer, length in zip(self._buffers, lengths, strict=True):
+            if buffer is not None and _length(buffer) != length:
+                raise ValueError(f"{storage} {shape}: {_length(buffer)} bytes, not {length}")
+        self.bytes = sum(_length(buffer) for buffer in self._buffers if buffer is not None)
+        self._place = _Place(
+            weights=address(weights),
+            weights_stride=stride,
+            block_scales=0 if block_scales is None else address(block_scales),
+            block_scales_stride=blocks,
+            scales=address(_ONE if scales is None else scales),
+            scales_stride=0 if scales is None else 4,
+            biases=address(_NOTHING if biases is None else biases),
+            biases_stride=0 if biases is None else 4,
+            depth=self.depth,
+            tiles_ahead=1 + _AHEAD_BYTES // max(1, stride * _TILE_COLUMNS),
+        )
+        self.place = ctypes.addressof(self._place)
+
+    @classmethod
+    def of(
+        cls, weight: torch.Tensor, *, scales: Buffer | None = None, biases: Buffer | None = None
+    ) -> "Matrix":
+        """A weight [outs, depth] as torch keeps it, in the storage of its dtype."""
+        if weight.dtype not in _DTYPES or weight.dim() != 2 or not weight.is_contiguous():
+            raise ValueError(f"{weight.dtype} {tuple(weight.shape)} cannot be read in place")
+        return cls(_DTYPES[weight.dtype], weight.shape, weight, scales=scales, biases=biases)

@@ -1,0 +1,145 @@
+"""How weights lie in memory, and how 32 of them become float32 in registers.
+
+Every storage gives its weights in the order of their index, so that the bits of a product are those
+of the same values in any other storage. What a byte stands for is exact; only FP8 is taken at 1/256
+of its value, which the end of a product makes good (`Storage.unit`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from llvmlite import ir
+
+from blyan_node.moe.kernels import emit
+from blyan_node.moe.kernels.emit import FLOAT, HALF, I8, I16, I32, constant, vector
+
+# Part p of a block: a register with its weights p * lanes, p * lanes + 1, …
+Parts = Callable[[int], ir.Value]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """`bits` of a weight, and `read(b, block, scale, lanes)`: the parts of the block of 32 there.
+
+    `scale` points to the block's scale byte in a storage that has one (`scaled`). `effort` is 0
+    for weights that need no work to become float32, 1 for little and 2 for much.
+    """
+
+    name: str
+    bits: int
+    read: Callable[[ir.IRBuilder, ir.Value, ir.Value, int], Parts]
+    effort: int
+    unit: float = 1.0
+    scaled: bool = False
+
+    def bytes(self, weights: int) -> int:
+        """The length of so many weights."""
+        return -(-weights * self.bits // 8)
+
+
+def _float32(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    return lambda part: emit.load(b, vector(FLOAT, lanes), block, 4 * lanes * part)
+
+
+def _bfloat16(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    def part(number: int) -> ir.Value:
+        raw = emit.load(b, vector(I16, lanes), block, 2 * lanes * number)
+        wide = b.zext(raw, vector(I32, lanes))
+        return b.bitcast(b.shl(wide, constant(wide.type, 16)), vector(FLOAT, lanes))
+
+    return part
+
+
+def _float16(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    def part(number: int) -> ir.Value:
+        raw = emit.load(b, vector(HALF, lanes), block, 2 * lanes * number)
+        return b.fpext(raw, vector(FLOAT, lanes))
+
+    return part
+
+
+def _int8(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    def part(number: int) -> ir.Value:
+        raw = emit.load(b, vector(I8, lanes), block, lanes * number)
+        return b.sitofp(b.sext(raw, vector(I32, lanes)), vector(FLOAT, lanes))
+
+    return part
+
+
+def _fp8(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    """E4M3 without infinities: moved by seven bits it is the float16 of 1/256 of its value.
+
+    The two codes with all bits below the sign are NaN; they would be 480.
+    """
+    kind = vector(I16, 16)
+
+    @cache
+    def sixteen(number: int) -> ir.Value:
+        raw = b.sext(emit.load(b, vector(I8, 16), block, 16 * number), kind)
+        low = b.and_(raw, constant(kind, 0x7F))
+        nan = b.icmp_signed("==", low, constant(kind, 0x7F))
+        moved = b.shl(raw, constant(kind, 7))
+        bits = b.and_(moved, constant(kind, 0xBFFF))
+        return b.bitcast(b.or_(bits, b.sext(nan, kind)), vector(HALF, 16))
+
+    def part(number: int) -> ir.Value:
+        whole, first = divmod(lanes * number, 16)
+        halves = sixteen(whole)
+        mine = emit.pick(b, halves, halves, range(first, first + lanes))
+        return b.fpext(mine, vector(FLOAT, lanes))
+
+    return part
+
+
+# The upper byte of the float16 of each MXFP4 code; the lower byte is zero.
+_E2M1 = [0x00, 0x38, 0x3C, 0x3E, 0x40, 0x42, 0x44, 0x46]
+_E2M1 += [0x80 | byte for byte in _E2M1]
+
+
+def _mxfp4(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    """E2M1 codes, two in a byte, times the power of two of their block."""
+    kind = vector(I8, 16)
+    raw = emit.load(b, kind, block)
+    even = b.and_(raw, constant(kind, 0x0F))
+    odd = b.lshr(raw, constant(kind, 4))
+    zero, table = constant(kind, 0), ir.Constant(kind, _E2M1)
+    power = emit.broadcast(b, _power_of_two(b, scale), lanes)
+
+    @cache
+    def sixteen(number: int) -> ir.Value:
+        order = [lane // 2 + 16 * (lane % 2) for lane in range(16 * number, 16 * number + 16)]
+        codes = emit.pick(b, even, odd, order)
+        return emit.intrinsic(b, "llvm.x86.ssse3.pshuf.b.128", kind, [table, codes])
+
+    def part(number: int) -> ir.Value:
+        whole, first = divmod(lanes * number, 16)
+        order = [lane for i in range(first, first + lanes) for lane in (0, 16 + i)]
+        bits = emit.pick(b, zero, sixteen(whole), order)
+        halves = b.bitcast(bits, vector(HALF, lanes))
+        return b.fmul(b.fpext(halves, vector(FLOAT, lanes)), power)
+
+    return part
+
+
+def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
+    """The float32 2^(byte - 127) of an E8M0 byte: 0 gives a denormal, 255 is NaN."""
+    byte = b.zext(emit.load(b, I8, scale), I32)
+    bits = b.shl(byte, constant(I32, 23))
+    least = constant(I32, 1 << 22)  # 2^-127, which is also the bit that makes infinity a NaN
+    bits = b.select(b.icmp_unsigned(">", bits, least), bits, least)
+    nan = b.zext(b.icmp_unsigned("==", byte, constant(I32, 255)), I32)
+    return b.bitcast(b.or_(bits, b.shl(nan, constant(I32, 22))), FLOAT)
+
+
+STORAGES = {
+    storage.name: storage
+    for storage in (
+        Storage("float32", 32, _float32, 0),
+        Storage("bfloat16", 16, _bfloat16, 1),
+        Storage("float16", 16, _float16, 1),
+        Storage("int8", 8, _int8, 1),
+        Storage("fp8", 8, _fp8, 2, unit=256.0),
+        Storage("mxfp4", 4, _mxfp4, 2, scaled=True),
+    )
+}

@@ -1,0 +1,248 @@
+"""The product of a few rows with a few weight rows, and the loops that cover a matrix with it.
+
+A tile holds the partial sums of every pair in registers and walks k once. It computes each pair as
+if it were alone: tiles, their remainders and the columns that a thread takes leave no trace.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from blyan_node.moe.kernels import emit, order
+from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
+from blyan_node.moe.kernels.padding import padded
+from blyan_node.moe.kernels.storages import Parts, Storage
+from blyan_node.moe.kernels.targets import Target
+
+# The fields of a matrix in memory, each of 8 bytes (`matrix.Matrix` fills them). Strides are in
+# bytes from one output to the next; a stride of 0 repeats one value.
+FIELDS = (
+    "weights", "weights_stride", "block_scales", "block_scales_stride",
+    "scales", "scales_stride", "biases", "biases_stride", "depth", "tiles_ahead",
+)  # fmt: skip
+
+_LINE_BYTES = 64
+
+ARGUMENTS = (
+    ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
+    ("y", POINTER), ("y_stride", I64), ("first", I64), ("last", I64),
+)  # fmt: skip
+
+
+def field(b: ir.IRBuilder, matrix: ir.Value, name: str) -> ir.Value:
+    """One field of a matrix: an address or a number."""
+    kind = POINTER if name in ("weights", "block_scales", "scales", "biases") else I64
+    return emit.load(b, kind, matrix, 8 * FIELDS.index(name))
+
+
+def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
+    """`linear_STORAGE`: columns `first` to `last` of y = x · weightsᵀ · scales + biases.
+
+    x is float32 [rows, depth] and y float32 [rows, …], with strides in bytes.
+    """
+    b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
+    matrix, x, x_stride, rows, y, y_stride, first, last = arguments
+    tiles: dict[tuple[int, int], ir.Function] = {}
+
+    def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
+        """Covers what is left of the columns, `width` at a time, by tiles of these heights."""
+        with emit.steps(b, columns, last, width) as column:
+            done = emit.slot(b, I64, emit.word(0))
+            for height in heights:
+                with emit.steps(b, done, rows, height) as row:
+                    if (height, width) not in tiles:
+                        tiles[height, width] = _tile(module, storage, target, (height, width))
+                    x_row = emit.at(b, x, b.mul(row, x_stride))
+                    y_row = emit.at(b, y, b.mul(row, y_stride))
+                    again = b.icmp_signed("!=", row, emit.word(0))
+                    places = [matrix, x_row, x_stride, y_row, y_stride, column, again]
+                    b.call(tiles[height, width], places)
+
+    columns = emit.slot(b, I64, first)
+    shapes = target.tiles[storage.effort]
+    for rows_here, (height, width) in sorted(shapes.few.items()):
+        with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
+            sweep(columns, [height], width)
+            sweep(columns, [height], 1)
+    height, width = shapes.many
+    for most in (width, 1):
+        sweep(columns, range(height, 0, -1), most)
+    b.ret_void()
+    return b.function
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The stack slots of a tile's partial sums: `slots[row][column][register]`."""
+
+    slots: list[list[list[ir.Value]]]
+    lanes: int
+
+    @staticmethod
+    def zero(b: ir.IRBuilder, rows: int, columns: int, lanes: int) -> "_Sums":
+        kind = emit.vector(FLOAT, lanes)
+        zero = emit.constant(kind, 0.0)
+        count = order.PARTIAL_SUMS // lanes
+        slots = [
+            [[emit.slot(b, kind, zero) for _ in range(count)] for _ in range(columns)]
+            for _ in range(rows)
+        ]
+        return _Sums(slots, lanes)
+
+    def add_block(self, b: ir.IRBuilder, xs: Sequence[ir.Value], weights: Sequence[Parts]) -> None:
+        """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
+        kind = emit.vector(FLOAT, self.lanes)
+        registers = order.PARTIAL_SUMS // self.lanes
+        for part in range(order.BLOCK // self.lanes):
+            for column, weight in enumerate(weights):
+                w = weight(part)
+                for row, x in zip(self.slots, xs, strict=True):
+                    value = emit.load(b, kind, x, 4 * self.lanes * part)
+                    place = row[column][part % registers]
+                    b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
+            # Left to itself LLVM loads for the next part first and runs out of registers.
+            emit.keep_order(b)
+
+    def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
+        """The sums of one row's pairs."""
+        kind = emit.vector(FLOAT, self.lanes)
+        pairs = [[b.load(s, typ=kind) for s in self.slots[row][column]] for column in columns]
+        return order.total(b, [order.halve(b, pair) for pair in pairs])
+
+
+def _tile(
+    module: ir.Module, storage: Storage, target: Target, shape: tuple[int, int]
+) -> ir.Function:
+    """The outputs of `shape` (rows, columns) from column `column` on."""
+    rows, columns = shape
+    b, arguments = emit.define(
+        module,
+        f"tile_{storage.name}_{rows}x{columns}",
+        (("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("y", POINTER),
+         ("y_stride", I64), ("column", I64), ("again", ir.IntType(1))),
+    )  # fmt: skip
+    matrix, x, x_stride, y, y_stride, column, again = arguments
+    xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
+    weights = _rows_of(b, matrix, "weights", column, columns)
+    scales = _rows_of(b, matrix, "block_scales", column, columns)
+    sums = _Sums.zero(b, rows, columns, target.lanes)
+    ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
+    depth = field(b, matrix, "depth")
+    k_cell = emit.slot(b, I64, emit.word(0))
+    with emit.steps(b, k_cell, depth, order.BLOCK) as k:
+        parts = []
+        for weight, scale in zip(weights, scales, strict=True):
+            block = emit.at(b, weight, _length(b, storage, k))
+            for line in range(0, storage.bytes(order.BLOCK), _LINE_BYTES):
+                emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
+            block_scale = emit.at(b, scale, b.lshr(k, emit.word(5)))
+            parts.append(storage.read(b, block, block_scale, target.lanes))
+        sums.add_block(b, [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs], parts)
+    done = b.load(k_cell, typ=I64)
+    if storage.bits >= 8:
+        with b.if_then(b.icmp_signed("<", done, depth), likely=False):
+            _add_remainder(b, storage, sums, xs, weights, (done, depth))
+    ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
+    _finish(b, storage, matrix, sums, ys, (column, columns))
+    b.ret_void()
+    return b.function
+
+
+def _rows_of(
+    b: ir.IRBuilder, matrix: ir.Value, name: str, column: ir.Value, columns: int
+) -> list[ir.Value]:
+    """The addresses of a field's values for each of some columns."""
+    start, stride = field(b, matrix, name), field(b, matrix, f"{name}_stride")
+    return [emit.at(b, start, b.mul(b.add(column, emit.word(j)), stride)) for j in range(columns)]
+
+
+def _length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
+    """The bytes of a number of weights."""
+    return b.lshr(b.mul(weights, emit.word(storage.bits)), emit.word(3))
+
+
+def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:
+    """The distance in bytes to the same place in a tile that is a while ahead."""
+    tile = b.mul(field(b, matrix, "weights_stride"), emit.word(columns))
+    return b.mul(tile, field(b, matrix, "tiles_ahead"))
+
+
+def _add_remainder(
+    b: ir.IRBuilder,
+    storage: Storage,
+    sums: _Sums,
+    xs: Sequence[ir.Value],
+    weights: Sequence[ir.Value],
+    span: tuple[ir.Value, ir.Value],
+) -> None:
+    """Adds the block that depth ends in, pair by pair; few models have one."""
+    done, depth = span
+    left = b.sub(depth, done)
+    name = f"remainder_{storage.name}"
+    function = b.module.globals.get(name) or _remainder(b.module, name, storage, sums.lanes)
+    kind = emit.vector(FLOAT, sums.lanes)
+    place = emit.slot(b, ir.ArrayType(FLOAT, order.PARTIAL_SUMS))
+    for row, x in zip(sums.slots, xs, strict=True):
+        x_left = emit.at(b, x, b.shl(done, emit.word(2)))
+        for pair, weight in zip(row, weights, strict=True):
+            w_left = emit.at(b, weight, b.mul(done, emit.word(storage.bytes(1))))
+            for number, register in enumerate(pair):
+                emit.store(b, b.load(register, typ=kind), place, 4 * sums.lanes * number)
+            b.call(function, [place, x_left, w_left, left])
+            for number, register in enumerate(pair):
+                b.store(emit.load(b, kind, place, 4 * sums.lanes * number), register)
+
+
+def _remainder(module: ir.Module, name: str, storage: Storage, lanes: int) -> ir.Function:
+    """Adds `left` products, as if zeros followed, to the sums at `place`.
+
+    Reads nothing beyond the rows.
+    """
+    places = (("place", POINTER), ("x", POINTER), ("weight", POINTER), ("left", I64))
+    b, (place, x, weight, left) = emit.define(module, name, places)
+    sums, kind = _Sums.zero(b, 1, 1, lanes), emit.vector(FLOAT, lanes)
+    ((registers,),) = sums.slots
+    for number, register in enumerate(registers):
+        b.store(emit.load(b, kind, place, 4 * lanes * number), register)
+    block = padded(b, weight, left, storage.bytes(1))
+    sums.add_block(b, [padded(b, x, left, 4)], [storage.read(b, block, block, lanes)])
+    for number, register in enumerate(registers):
+        emit.store(b, b.load(register, typ=kind), place, 4 * lanes * number)
+    b.ret_void()
+    return b.function
+
+
+def _finish(
+    b: ir.IRBuilder,
+    storage: Storage,
+    matrix: ir.Value,
+    sums: _Sums,
+    ys: Sequence[ir.Value],
+    span: tuple[ir.Value, int],
+) -> None:
+    """Adds up each pair, scales it, adds its bias and writes it."""
+    column, columns = span
+    scales = _rows_of(b, matrix, "scales", column, columns)
+    biases = _rows_of(b, matrix, "biases", column, columns)
+    offset = b.shl(column, emit.word(2))
+    first = 0
+    while first < columns:
+        count = 1 << ((columns - first).bit_length() - 1)
+        group = range(first, first + count)
+        scale, bias = (_gather(b, [rows[j] for j in group]) for rows in (scales, biases))
+        for row, y in enumerate(ys):
+            value = sums.totals(b, row, group)
+            if storage.unit != 1.0:
+                value = b.fmul(value, emit.constant(value.type, storage.unit))
+            value = b.fadd(b.fmul(value, scale), bias)
+            emit.store(b, order.one_nan(b, value), y, b.add(offset, emit.word(4 * first)))
+        first += count
+
+
+def _gather(b: ir.IRBuilder, addresses: Sequence[ir.Value]) -> ir.Value:
+    """A vector of the float32 at each address."""
+    value = ir.Constant(emit.vector(FLOAT, len(addresses)), ir.Undefined)
+    for lane, address in enumerate(addresses):
+        value = b.insert_element(value, emit.load(b, FLOAT, address), ir.Constant(emit.I32, lane))
+    return value

@@ -1,0 +1,139 @@
+"""Products equal the reference of docs/sums.md bit for bit, however they are cut up."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+import torch
+from llvmlite import ir
+
+from blyan_node.moe.kernels import compiler, emit, order, tile
+from blyan_node.moe.kernels.library import LINEAR, Kernels
+from blyan_node.moe.kernels.matrix import Matrix
+from blyan_node.moe.kernels.storages import STORAGES
+from blyan_node.moe.kernels.targets import runnable
+from blyan_node.testing.exact_sums import Broken, Floats, dots, products
+
+DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 95, 288]
+
+
+def _page() -> dict[str, Any]:
+    """The names that the reference in docs/sums.md defines."""
+    text = (Path(__file__).parents[3] / "docs" / "sums.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def _same(a: Floats, b: Floats) -> bool:
+    return bool((np.ascontiguousarray(a).view(np.int32) == b.view(np.int32)).all())
+
+
+def _rows(random: np.random.Generator, rows: int, depth: int) -> Floats:
+    """Rows of very different size, so that a lost or doubled rounding shows."""
+    size = np.exp(4 * random.standard_normal((rows, 1)))
+    return (random.standard_normal((rows, depth)) * size).astype(np.float32)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_reference_for_arrays_is_the_one_of_the_page(depth: int) -> None:
+    random, page = np.random.default_rng(depth), _page()
+    x, w = _rows(random, 3, depth), _rows(random, 4, depth)
+    scales, biases = _rows(random, 2, 4)
+    expected = [
+        [
+            page["output"](a, *pair)
+            for pair in zip(w.tolist(), [256.0] * 4, scales, biases, strict=True)
+        ]
+        for a in x.tolist()
+    ]
+    found = products(x, w, unit=256.0, scales=scales, biases=biases)
+    assert _same(found, np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_shape_equals_the_reference(kernels: Kernels, depth: int) -> None:
+    random = np.random.default_rng(depth)
+    x, w = _rows(random, 11, depth), _rows(random, 13, depth)
+    expected = products(x, w)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 11):
+        for outs in (1, 2, 3, 4, 5, 8, 13):
+            matrix = Matrix("float32", (outs, depth), torch.from_numpy(w[:outs]))
+            found = kernels.linear(torch.from_numpy(x[:rows]), matrix)
+            assert _same(found.numpy(), expected[:rows, :outs]), (rows, outs)
+
+
+BROKEN: list[Broken] = ["order", "tree", "padding", "fused", "partial sums"]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_another_order_is_noticed(kernels: Kernels, broken: Broken) -> None:
+    random = np.random.default_rng(1)
+    x, w = _rows(random, 3, 95), _rows(random, 7, 95)
+    found = kernels.linear(torch.from_numpy(x), Matrix("float32", w.shape, w)).numpy()
+    assert _same(found, dots(x, w))
+    assert not _same(found, dots(x, w, broken))
+
+
+def _tree_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partial sums of a register are added to their neighbours instead of the other half."""
+
+    def pick(b: Any, first: Any, second: Any, lanes: Any) -> Any:
+        lanes = list(lanes)
+        if 1 < len(lanes) < 8 and lanes == list(range(lanes[0], lanes[0] + len(lanes))):
+            start = 0 if lanes[0] == 0 else 1
+            lanes = [start + 2 * lane for lane in range(len(lanes))]
+        return _pick(b, first, second, lanes)
+
+    _pick = emit.pick
+    monkeypatch.setattr(emit, "pick", pick)
+
+
+def _remainder_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile, "_add_remainder", lambda *arguments: None)
+
+
+def _padding_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block that depth ends in is not continued with zeros but with what follows."""
+    monkeypatch.setattr(tile, "padded", lambda b, start, count, size: start)
+
+
+def _blocks_of_half_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "PARTIAL_SUMS", 8)
+
+
+@pytest.mark.parametrize(
+    "breaking",
+    [
+        _tree_of_neighbours,
+        _remainder_forgotten,
+        _padding_forgotten,
+        _blocks_of_half_the_size,
+    ],
+)
+def test_a_broken_kernel_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, breaking: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """What compiles is the kernel with one rule broken; its bits are not the reference's."""
+    target = runnable()[0]
+    random = np.random.default_rng(3)
+    # Memory goes on after both, so that reading too far does no harm.
+    x, w = _rows(random, 7, 75)[:5], _rows(random, 11, 75)[:9]
+    matrix = Matrix("float32", w.shape, w)
+    breaking(monkeypatch)
+    module = ir.Module("broken")
+    module.triple = llvm.get_process_triple()
+    compiler.export(module, tile.product(module, STORAGES["float32"], target))
+    machine = compiler.machine(target)
+    code = compiler.Code(target, machine.emit_object(compiler.optimise(str(module), machine)))
+    found = np.zeros((5, 9), np.float32)
+    code.function("call_linear_float32", LINEAR)(
+        matrix.place, x.ctypes.data, 4 * 75, 5, found.ctypes.data, 4 * 9, 0, 9
+    )
+    assert np.isfinite(found).all()
+    assert not _same(found, products(x, w))
