@@ -4,12 +4,12 @@
 #   docker run --init --volume blyan:/var/lib/blyan --publish 4040:4040 blyan-node start --role gpu
 #
 # Packages are at the versions of constraints.txt. torch comes from the index TORCH_INDEX where that
-# has it, by default the CPU build; give an index of CUDA builds, or an empty one for PyPI's build.
+# has it: give PyTorch's CPU index, or PyPI's Linux build with several GB of CUDA is taken.
 
 ARG PYTHON=3.11.14-slim-bookworm
 
 FROM python:${PYTHON} AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 # fastecdsa, which libp2p needs, is on PyPI as source only.
 RUN apt-get update -qq && \
     apt-get install -y -qq --no-install-recommends gcc libc6-dev libgmp-dev && \
