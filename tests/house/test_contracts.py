@@ -22,6 +22,7 @@ FORBIDDEN = [
     ("plyvel only", "storage/__init__.py", "plyvel"),
     ("libp2p and multiaddr only", "blyan_node/__init__.py", "libp2p"),
     ("only in blyan_node.moe", "blyan_node/__init__.py", "torch"),
+    ("huggingface_hub only in the process", "blyan_node/services/__init__.py", "huggingface_hub"),
     ("engine computes", "blyan_node/moe/__init__.py", "trio"),
     ("needs a test tool", "blyan_node/services/__init__.py", "transformers"),
     ("needs a test tool", "blyan_node/network/__init__.py", "blyan_node.testing"),
