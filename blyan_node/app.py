@@ -30,6 +30,7 @@ from blyan_node.services.fetch import Fetch
 from blyan_node.services.generation import Generation
 from blyan_node.services.gossip import Gossip
 from blyan_node.services.holding import Holding
+from blyan_node.services.hub import Hub
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Models
 from blyan_node.services.placement import Placement
@@ -125,6 +126,7 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
             identity.peer_id,
         ),
         publish=Publish(store, chain, author, authoring),
+        hub=Hub(config.downloads, config.hub_endpoint),
         update=Update(store, chain, author, authoring),
         export=Export(store, supply, files),
         verify=Verify(store, files),

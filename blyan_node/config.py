@@ -27,12 +27,15 @@ FILE = "config.toml"
 GENESIS_FILE = "network.json"
 KEY_FILE = "identity.key"
 DATA_FOLDER = "data"
+DOWNLOADS_FOLDER = "downloads"
 
 Role = Literal["main", "gpu"]
 DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/4040",)
 DEFAULT_HOLD: Mapping[Role, "Hold"] = {"main": "none", "gpu": "auto"}
 ADDRESSES_MAX = 64
+HUB_ENDPOINT = "https://huggingface.co"
 _HOST = r"(?:ip4/\d{1,3}(?:\.\d{1,3}){3}|ip6/[0-9a-fA-F:.]{2,45}|dns(?:4|6|addr)?/[A-Za-z0-9._-]+)"
+_ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]{1,253}(?:/[A-Za-z0-9._~/-]{0,200})?")
 _ADDRESS = re.compile(rf"/{_HOST}/tcp/(\d{{1,5}})(?:/p2p/([1-9A-HJ-NP-Za-km-z]+))?")
 
 
@@ -45,7 +48,7 @@ class Config:
 
     `hold` names experts of whichever model has them; `memory_bytes` is what weights and caches may
     take, `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes
-    by itself ("all", or peer ids).
+    by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from.
     """
 
     home: Path
@@ -61,6 +64,12 @@ class Config:
     threads: int
     replicas: int
     authors: Literal["all"] | tuple[PeerId, ...]
+    hub_endpoint: str = HUB_ENDPOINT
+
+    @property
+    def downloads(self) -> Path:
+        """The folder of what comes from the hub, until it is published."""
+        return self.home / DOWNLOADS_FOLDER
 
     @property
     def data(self) -> Path:
@@ -86,6 +95,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     threads: int | None = None
     replicas: int | None = None
     authors: str | list[str] | None = None
+    hub_endpoint: str | None = None
 
 
 KEYS = tuple(field.name for field in msgspec.structs.fields(Settings))
@@ -158,6 +168,7 @@ def make_config(
         threads=chosen("threads", None) or _cores(),
         replicas=chosen("replicas", 2),
         authors=_authors(chosen("authors", [] if genesis == DEVELOPMENT else "all")),
+        hub_endpoint=chosen("hub_endpoint", _default_endpoint()).rstrip("/"),
     )
 
 
@@ -235,6 +246,18 @@ def _half_of_free_memory() -> int:
     return free_memory_bytes() // 2
 
 
+def _default_endpoint() -> str:
+    """As the hub's own tools have it: HF_ENDPOINT, or the public hub."""
+    endpoint = os.environ.get("HF_ENDPOINT") or HUB_ENDPOINT
+    _check_endpoint(endpoint)
+    return endpoint
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if not _ENDPOINT.fullmatch(endpoint):
+        raise RemoteProtocolError("hub_endpoint", f"{endpoint[:120]!r} is no URL of a hub")
+
+
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -252,4 +275,5 @@ _CHECKS: Mapping[str, Any] = {
     "threads": _check_range(1, 1024),
     "replicas": _check_range(1, limits.replicas_max),
     "authors": _authors,
+    "hub_endpoint": _check_endpoint,
 }

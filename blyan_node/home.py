@@ -5,6 +5,7 @@ HOME/               0700
   network.json      the genesis of its network
   config.toml       what the operator may change, with comments
   data/             the store
+  downloads/        models from the hub, until they are published
   rpc.sock          while the node runs
 """
 
@@ -124,6 +125,11 @@ _EXPLAINED = (
         '"all"',
         "Whose models a gpu node takes by itself, besides its own: all, or a list of peer ids. If",
         "not set: all in a network of one's own, nobody's in the built-in network.",
+    ),
+    (
+        "hub_endpoint",
+        '"https://huggingface.co"',
+        "Where models called hf:ORG/NAME come from; HF_ENDPOINT if that is set.",
     ),
 )
 

@@ -12,6 +12,7 @@ from blyan_node.services.fetch import Fetch
 from blyan_node.services.generation import Generation
 from blyan_node.services.gossip import Gossip
 from blyan_node.services.holding import Holding
+from blyan_node.services.hub import Hub
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Models
 from blyan_node.services.placement import Placement
@@ -50,6 +51,7 @@ class App:
     generation: Generation
     placement: Placement
     publish: Publish
+    hub: Hub
     update: Update
     export: Export
     verify: Verify

@@ -62,6 +62,7 @@ class ErrorCode(enum.IntEnum):
     TIMEOUT = 14
     BAD_INPUT = 15
     NO_NODE = 16
+    HUB_FAILED = 17
 
 
 @dataclass

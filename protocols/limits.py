@@ -53,6 +53,17 @@ text_s_max = 20  # for one prompt or token, in a process of its own
 text_process_bytes_max = 2 * GIB  # of addresses
 text_answer_bytes_max = 16 * MIB
 
+# Downloads from a hub
+hub_files_max = 10_000  # in the root folder of a repository
+hub_file_bytes_max = 256 * GIB
+hub_process_bytes_max = 4 * GIB  # of addresses
+hub_answer_bytes_max = 16 * MIB  # of the process that talks to the hub
+hub_read_s_max = 15  # without a byte, after which a request is made again
+hub_pause_s = 2  # before that
+hub_tries_max = 5  # in a row that bring nothing
+hub_silence_s_max = 150  # of the process, after which it is ended
+hub_outline_bytes = 256 * KIB  # of each file of weights, to begin with: most headers are shorter
+
 # Frames and messages of the channels between peers
 frame_bytes_max = 64 * KIB
 message_bytes_max = 4 * MIB
@@ -214,6 +225,7 @@ repetition_penalty_max = 100
 node_config_bytes_max = 64 * KIB
 genesis_file_bytes_max = 64 * KIB
 
+assert hub_silence_s_max > (hub_read_s_max + hub_pause_s) * (hub_tries_max + 1)
 assert signed_header_bytes_max < control_message_bytes_max
 assert chunk_bytes + KIB < message_bytes_max
 assert frame_bytes_max < message_bytes_max

@@ -141,21 +141,42 @@ def _small_files(path: Path) -> dict[str, bytes]:
     return {name: _read_small(path / name) for name in names}
 
 
-def _find_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
-    """Every tensor of the directory by its name on disk."""
-    if (path / SINGLE_FILE).exists():
-        return {n: (path / SINGLE_FILE, t) for n, t in read_header(path / SINGLE_FILE).items()}
-    if not (path / INDEX_FILE).exists():
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
-        beside = f"; {pickles[0]} is a pickle, and none is ever read" if pickles else ""
-        refuse(f"neither {SINGLE_FILE} nor {INDEX_FILE} is in {path}{beside}", path=str(path))
-    by_name = _read_index(path / INDEX_FILE)
-    for shard in sorted(set(by_name.values())):
-        if not (path / shard).exists():
+def is_small(name: str) -> bool:
+    """Whether a file of this name is read whole: one that travels with a model, or an index."""
+    return name == INDEX_FILE or _TRAVELS.fullmatch(name) is not None
+
+
+def weight_files(path: Path, there: Collection[str]) -> list[str]:
+    """Which of the files `there` hold the weights, by the index in `path` if there is one.
+
+    Raises `Refused` (BAD_MODEL): none do, or one is missing.
+    """
+    if SINGLE_FILE in there:
+        return [SINGLE_FILE]
+    if INDEX_FILE not in there:
+        _refuse_no_weights(there, path)
+    shards = sorted(set(_read_index(path / INDEX_FILE).values()))
+    for shard in shards:
+        if shard not in there:
             refuse(
                 f"the shard {shard} is missing, and {INDEX_FILE} lists it", path=str(path / shard)
             )
-    headers = {shard: read_header(path / shard) for shard in sorted(set(by_name.values()))}
+    return shards
+
+
+def _refuse_no_weights(there: Collection[str], path: Path) -> NoReturn:
+    pickles = sorted(name for name in there if name.endswith(_PICKLES))
+    beside = f"; {pickles[0]} is a pickle, and none is ever read" if pickles else ""
+    refuse(f"neither {SINGLE_FILE} nor {INDEX_FILE} is in {path}{beside}", path=str(path))
+
+
+def _find_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Every tensor of the directory by its name on disk."""
+    files = weight_files(path, {file.name for file in path.iterdir()})
+    headers = {file: read_header(path / file) for file in files}
+    if files == [SINGLE_FILE]:
+        return {n: (path / SINGLE_FILE, t) for n, t in headers[SINGLE_FILE].items()}
+    by_name = _read_index(path / INDEX_FILE)
     tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for shard, header in headers.items():
         for name, stored in header.items():

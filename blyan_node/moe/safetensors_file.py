@@ -54,6 +54,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         refuse(refused.why, path=str(path))
 
 
+def header_end(path: Path, size: int) -> int:
+    """Where the tensors of a file of `size` bytes begin, whose first eight bytes are in `path`.
+
+    Raises `Refused` (BAD_MODEL).
+    """
+    with path.open("rb") as file:
+        start = file.read(_LENGTH.size)
+    if len(start) < _LENGTH.size:
+        refuse(f"{path.name}: {size} bytes are no safetensors file", path=str(path))
+    (length,) = _LENGTH.unpack(start)
+    if length > min(limits.safetensors_header_bytes_max, size - _LENGTH.size):
+        refuse(f"{path.name}: a header of {length} bytes does not fit", path=str(path))
+    return _LENGTH.size + int(length)
+
+
 def refuse_special(path: Path) -> None:
     """Raises `Refused` (BAD_MODEL) for a pipe or a device: opening one may wait for ever."""
     if path.exists() and not path.is_file():

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from blyan_node.parts import App
-from blyan_node.rpc import calls, chain, events, expert, generate, model, node
+from blyan_node.rpc import calls, chain, events, expert, generate, model, node, publish
 from blyan_node.rpc.connection import Bound
 from blyan_node.rpc.context import Context
 
@@ -17,8 +17,8 @@ HANDLERS: Mapping[str, Handler] = {
     "node.peers": node.peers,
     "node.stop": node.stop,
     "network.show": node.network,
-    "model.publish": model.publish,
-    "model.dry_run": model.dry_run,
+    "model.publish": publish.publish,
+    "model.dry_run": publish.dry_run,
     "model.list": model.list_models,
     "model.show": model.show,
     "model.fetch": model.fetch,

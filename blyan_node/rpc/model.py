@@ -8,7 +8,6 @@ import trio
 
 from blyan_node.parts import App
 from blyan_node.rpc.context import Context
-from blyan_node.services.estimate import estimate
 from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import (
@@ -25,43 +24,6 @@ from protocols.ids import (
 )
 from protocols.rpc import model
 from storage.pins import Pin
-
-
-async def publish(app: App, request: model.PublishRequest, context: Context) -> model.PublishResult:
-    """A directory becomes blocks; with `wait_replicas` the answer waits for their holders."""
-    done = await app.publish.publish(Path(request.path), request.name, context.progress)
-    if request.wait_replicas is not None:
-        await app.placement.wait_replicas(
-            done.model, request.wait_replicas, partial(context.progress, unit="replicas")
-        )
-    return model.PublishResult(
-        model=cid_text(done.model),
-        name=done.name,
-        root=root_text(done.root),
-        blocks=done.blocks,
-        experts=done.experts,
-        bytes=done.bytes,
-        reused_bytes=done.reused_bytes,
-    )
-
-
-async def dry_run(app: App, request: model.DryRunRequest, context: Context) -> model.DryRunResult:
-    """What a publish would do; the store stays as it is."""
-    found = await app.publish.rehearse(Path(request.path), request.name, context.progress)
-    paced = await estimate(found, app.config.home)
-    return model.DryRunResult(
-        model=None if found.model is None else cid_text(found.model),
-        name=found.name,
-        experts=found.experts,
-        blocks=found.blocks,
-        bytes=found.bytes,
-        reused_bytes=found.reused_bytes,
-        new_bytes=found.new_bytes,
-        room_bytes=found.room_bytes,
-        seconds=paced.seconds,
-        read_bytes_per_s=paced.read_bytes_per_s,
-        write_bytes_per_s=paced.write_bytes_per_s,
-    )
 
 
 async def list_models(app: App, request: model.ListRequest, context: Context) -> model.ListResult:

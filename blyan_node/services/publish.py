@@ -65,6 +65,18 @@ class Rehearsal:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What a publish would be of; `blocks` if it is a new model, and `model` is then None."""
+
+    model: BlockId | None
+    name: str
+    blocks: int
+    experts: int
+    bytes: int
+    room_bytes: int
+
+
 class Publish:
     """Publishes directories, one at a time. `authoring` is shared by all who sign blocks."""
 
@@ -109,10 +121,33 @@ class Publish:
             reused_bytes=draft.reused_bytes,
         )
 
+    async def inspect(self, path: Path, name: str) -> Inspected:
+        """What can be said of `path` without its weights; raises what `publish` would refuse with.
+
+        Reads the configuration, the small files, and the headers of the weights.
+        """
+        read = partial(self._inspect, path, name)
+        return await trio.to_thread.run_sync(read, limiter=self._rehearsing)
+
     async def rehearse(self, path: Path, name: str, progress: Progress = silent) -> Rehearsal:
         """What `publish` would do now; writes nothing. Raises what `publish` would refuse with."""
         read = partial(self._rehearse, path, name, progress)
         return await trio.to_thread.run_sync(read, limiter=self._rehearsing)
+
+    def _inspect(self, path: Path, name: str) -> Inspected:
+        source = Source(Checkpoint.open(path), name)
+        found = Drafting(self._store, self._author, source).check()
+        if found is None:
+            self._store.chunks.make_sure_of_room(source.bytes)
+        subjects = [part.subject for part in source.checkpoint.subjects]
+        return Inspected(
+            model=None if found is None else found.id,
+            name=name,
+            blocks=len(subjects) + 2,
+            experts=sum(".expert" in subject for subject in subjects),
+            bytes=source.bytes,
+            room_bytes=self._store.chunks.room(),
+        )
 
     def _rehearse(self, path: Path, name: str, progress: Progress) -> Rehearsal:
         begun = self._clock()

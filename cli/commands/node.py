@@ -34,6 +34,7 @@ def init(role: str | None, network: str | None) -> None:
 @click.option("--disk", metavar="SIZE", help="The most that the store may take, such as 50GiB.")
 @click.option("--threads", metavar="N", type=int, help="Threads that compute.")
 @click.option("--replicas", metavar="N", type=int, help="Live holders for every expert.")
+@click.option("--hub-endpoint", metavar="URL", help="Where models called hf:ORG/NAME come from.")
 def start(network: str | None, **settings: Any) -> None:
     """Run the node in the foreground; make its home first if there is none."""
     for several in ("listen", "announce", "bootstrap"):

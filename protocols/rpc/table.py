@@ -42,6 +42,8 @@ class Method:
 
 
 _MODEL = (E.NOT_FOUND, E.AMBIGUOUS)
+_HUB = (E.NOT_FOUND, E.TIMEOUT, E.HUB_FAILED)
+_PUBLISH = (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL, *_HUB)
 _RUN = (*_MODEL, E.BAD_INPUT, E.BLOCK_MISSING, E.EXPERT_UNAVAILABLE, E.CORRUPT, E.DISK_FULL)
 
 _ROWS = (
@@ -65,7 +67,7 @@ _ROWS = (
         "Turn a Hugging Face directory into blocks and announce them when whole",
         model.PublishRequest,
         model.PublishResult,
-        (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
+        _PUBLISH,
         (PROGRESS,),
     ),
     Method(
@@ -73,7 +75,7 @@ _ROWS = (
         "Say what a publish would store and reuse and how long it would take, and store nothing",
         model.DryRunRequest,
         model.DryRunResult,
-        (E.BAD_MODEL, E.BAD_INPUT, E.CONFLICT, E.NOT_ALLOWED, E.DISK_FULL),
+        _PUBLISH,
         (PROGRESS,),
     ),
     Method("model.list", "The models that the node knows", model.ListRequest, model.ListResult),

@@ -31,6 +31,7 @@ disk = "50 GB"
 threads = 3
 replicas = 2
 authors = ["{PEER}"]
+hub_endpoint = "https://hub.example.org"
 """
 
 
@@ -49,6 +50,7 @@ def test_every_key_is_taken_over() -> None:
     assert made.hold == ("layer0.expert3", "layer1.expert0")
     assert (made.memory_bytes, made.disk_bytes) == (8 * 2**30, 50 * 10**9)
     assert (made.threads, made.replicas, made.authors) == (3, 2, (PEER,))
+    assert made.hub_endpoint == "https://hub.example.org"
     assert made.rpc == Path("/home/alice/rpc.sock")
 
 

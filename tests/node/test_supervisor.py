@@ -152,6 +152,7 @@ def _config(**settings: object) -> Config:
         ("threads", 1000),
         ("replicas", 5),
         ("authors", "all"),
+        ("hub_endpoint", "http://127.0.0.1:1"),
     ],
 )
 def test_a_change_takes_effect_now_or_is_said_to_wait(key: str, value: object) -> None:

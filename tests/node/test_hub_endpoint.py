@@ -1,0 +1,34 @@
+"""Where the hub is: the option, the file, HF_ENDPOINT, the public one."""
+
+from pathlib import Path
+
+import pytest
+
+from blyan_node.config import HUB_ENDPOINT, Settings, make_config, read_settings
+from protocols.dag.genesis import DEVELOPMENT
+from protocols.errors import RemoteProtocolError
+
+NOTHING = Settings()
+FILE = Settings(hub_endpoint="https://mirror.example")
+OPTION = Settings(hub_endpoint="http://127.0.0.1:8080/hub/")
+
+
+def endpoint(file: Settings = NOTHING, option: Settings = NOTHING) -> str:
+    return make_config(Path("/home/alice"), DEVELOPMENT, None, file, option).hub_endpoint
+
+
+def test_the_nearest_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert endpoint() == HUB_ENDPOINT
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
+    assert endpoint() == "https://hub.example"
+    assert endpoint(FILE) == "https://mirror.example"
+    assert endpoint(FILE, OPTION) == "http://127.0.0.1:8080/hub"
+
+
+@pytest.mark.parametrize(
+    "text", ["hub.example", "file:///etc/passwd", "https://user:secret@hub.example", "https://", ""]
+)
+def test_what_is_no_hub_is_refused_by_the_name_of_the_key(text: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=r"config\.toml: hub_endpoint"):
+        read_settings(f'hub_endpoint = "{text}"')
