@@ -111,17 +111,21 @@ class Windows:
             last = True
         if whole == fresh or last:
             piece = fresh[self._shown :]
-            self._move(bool(fresh))
+            self._move(fresh, before)
             return piece
         piece = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
         self._waited = 0 if piece else self._waited + 1
         return piece
 
-    def _move(self, said: bool) -> None:
-        """All was passed on; the tokens that said the last of it are what comes before the next."""
-        if said:
+    def _move(self, fresh: str, before: str) -> None:
+        """All was passed on; the tokens that said the last of it are what comes before the next.
+
+        What says nothing after a text is forgotten. At the start of one it is not: it may be what
+        another token there would have been written without, as a space is.
+        """
+        if fresh:
             self._ids = self._ids[self._told :]
-        elif self._told:
+        elif before or len(self._ids) > _WINDOW_TOKENS_MAX:
             del self._ids[self._told :]
         self._told, self._shown, self._waited = len(self._ids), 0, 0

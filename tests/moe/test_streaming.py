@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -109,6 +109,7 @@ def test_a_character_is_never_cut(bytewise: Text) -> None:
 @given(st.text())
 def test_any_text_comes_back(bytewise: Text, prompt: str) -> None:
     prompt = prompt.encode(errors="ignore").decode()
+    assume(not any(word in prompt for word in SPECIAL))  # which have no text
     pieces = streamed(bytewise, bytewise.encode(prompt))
     assert "".join(pieces) == prompt
     if "\ufffd" not in prompt:
@@ -141,6 +142,15 @@ def test_any_tokens_stream(text: Text, data: st.DataObject) -> None:
         longest = max(longest, held)
     silent = sum(not text.decode([token]).strip("\ufffd ") for token in ids)
     assert longest <= 8 + silent
+
+
+@pytest.mark.parametrize("text", ["unigram"], indirect=True)
+@pytest.mark.parametrize("silent", [1, 2, 60])
+def test_what_says_nothing_at_the_start_does_not_swallow_a_space(text: Text, silent: int) -> None:
+    """An id that the tokenizer has not, then two spaces of which the first is not written."""
+    space = text._tokenizer.token_to_id("▁")
+    ids = [size(text) + 1] * silent + [space, space]
+    assert "".join(streamed(text, ids)) == text.decode(ids) == " "
 
 
 def test_a_special_token_does_not_swallow_the_space_after_it() -> None:
