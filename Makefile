@@ -1,6 +1,7 @@
 # make demo    a real model, published as blocks, answers from four daemons of this machine
 # make test    everything that CI runs: lint, types, import contracts, all tests
 # make quick   the same without the tests that are marked slow
+# make fuzz    every property with new random cases, many more than the tests try
 # make lint    ruff, mypy and the import contracts alone
 # make bench   the project's measurements, each beside its peer or its limit (NAMES="publish ...")
 # make clean   removes what the others made
@@ -14,7 +15,7 @@ WORKERS := -n 2 --dist loadfile
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint bench clean
+.PHONY: help demo test quick fuzz lint bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,6 +37,9 @@ test: lint
 
 quick: lint
 	$(BIN)/pytest $(WORKERS) -m "not slow"
+
+fuzz: .venv/installed-dev
+	$(BIN)/pytest $(WORKERS) -m hypothesis --hypothesis-profile fuzz
 
 bench: .venv/installed-dev
 	@$(BIN)/blyan-node bench $(NAMES)

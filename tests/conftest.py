@@ -1,0 +1,11 @@
+"""How Hypothesis looks for what breaks a property.
+
+`make test` tries the same cases every time, so that a red run is the change's own doing;
+`make fuzz` looks for new ones. What it finds becomes an example of its test.
+"""
+
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=2_000, deadline=None, print_blob=True)
+settings.load_profile("steady")
