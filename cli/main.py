@@ -44,6 +44,7 @@ COMMANDS = {
     "fsck": ("offline", "fsck"),
     "bench": ("offline", "bench"),
     "rpc": ("rpc", "rpc"),
+    "completion": ("completion", "completion"),
 }
 
 
@@ -77,6 +78,8 @@ def main() -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "_BLYAN_NODE_COMPLETE" in os.environ:
+        importlib.import_module("cli.completion")  # a shell asks: it brings the answers' form
     refused, code = _outcome(given)
     if refused is not None:
         # Asked of the words themselves, since they may be what could not be parsed.

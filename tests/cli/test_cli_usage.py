@@ -89,6 +89,8 @@ WRONG = [
     ("rpc",),
     ("rpc", "node.status", "[1]"),
     ("rpc", "node.status", "{"),
+    ("completion",),
+    ("completion", "tcsh"),
 ]
 
 
