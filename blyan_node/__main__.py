@@ -82,8 +82,13 @@ def _start(arguments: argparse.Namespace) -> int:
 def _init(arguments: argparse.Namespace) -> int:
     from blyan_node.home import create_home
 
-    role = _options(arguments.set).role or "main"
-    made = create_home(Path(arguments.home), role=role, network=_path(arguments.network))
+    options = _options(arguments.set)
+    made = create_home(
+        Path(arguments.home),
+        role=options.role or "main",
+        network=_path(arguments.network),
+        psk=_path(options.psk),
+    )
     return _print(made, arguments.json, "{role} node {peer_id}\n  home {home}\n  network {network}")
 
 

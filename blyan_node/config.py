@@ -9,13 +9,15 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
+from blyan_node.log_areas import LogLevels, parse_log_levels
+from blyan_node.metrics.address import MetricsAddress, parse_metrics_address
 from blyan_node.sizes import free_memory_bytes, parse_size
 from protocols import limits
 from protocols.dag.genesis import DEVELOPMENT, Genesis
@@ -26,6 +28,7 @@ from protocols.rpc.address import socket_path
 FILE = "config.toml"
 GENESIS_FILE = "network.json"
 KEY_FILE = "identity.key"
+PSK_FILE = "swarm.key"
 DATA_FOLDER = "data"
 DOWNLOADS_FOLDER = "downloads"
 
@@ -48,7 +51,9 @@ class Config:
 
     `hold` names experts of whichever model has them; `memory_bytes` is what weights and caches may
     take, `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes
-    by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from.
+    by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from, `psk` the
+    file of a private swarm's key, `allowed_peers` who may take part ("all", or peer ids).
+    `metrics` is where Prometheus may read (None: nowhere).
     """
 
     home: Path
@@ -65,6 +70,10 @@ class Config:
     replicas: int
     authors: Literal["all"] | tuple[PeerId, ...]
     hub_endpoint: str = HUB_ENDPOINT
+    psk: Path | None = None
+    allowed_peers: Literal["all"] | tuple[PeerId, ...] = "all"
+    metrics: MetricsAddress | None = None
+    log_level: LogLevels = field(default_factory=LogLevels)
 
     @property
     def downloads(self) -> Path:
@@ -96,6 +105,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     replicas: int | None = None
     authors: str | list[str] | None = None
     hub_endpoint: str | None = None
+    psk: str | None = None
+    allowed_peers: str | list[str] | None = None
+    metrics: str | None = None
+    log_level: str | None = None
 
 
 KEYS = tuple(field.name for field in msgspec.structs.fields(Settings))
@@ -169,6 +182,10 @@ def make_config(
         replicas=chosen("replicas", 2),
         authors=_authors(chosen("authors", [] if genesis == DEVELOPMENT else "all")),
         hub_endpoint=chosen("hub_endpoint", _default_endpoint()).rstrip("/"),
+        psk=_psk(home, chosen("psk", None)),
+        allowed_peers=_authors(chosen("allowed_peers", "all")),
+        metrics=_metrics(chosen("metrics", "off")),
+        log_level=parse_log_levels(chosen("log_level", "info")),
     )
 
 
@@ -240,6 +257,21 @@ def _authors(value: str | list[str]) -> Literal["all"] | tuple[PeerId, ...]:
     return tuple(PeerId(peer) for peer in value)
 
 
+def _psk(home: Path, path: str | None) -> Path | None:
+    """The key file that is named (relative ones are in the home), else the home's own, if any."""
+    file = home / (path or PSK_FILE)
+    return file if path or file.exists() else None
+
+
+def _metrics(value: str) -> MetricsAddress | None:
+    return None if value == "off" else parse_metrics_address(value)
+
+
+def _check_path(path: str) -> None:
+    if not 0 < len(path) <= 4096 or not path.isprintable():
+        raise RemoteProtocolError("", "not the path of a file")
+
+
 @cache
 def _half_of_free_memory() -> int:
     """As it is when the process starts: what the node itself takes later is no reason for less."""
@@ -276,4 +308,8 @@ _CHECKS: Mapping[str, Any] = {
     "replicas": _check_range(1, limits.replicas_max),
     "authors": _authors,
     "hub_endpoint": _check_endpoint,
+    "psk": _check_path,
+    "allowed_peers": _authors,
+    "metrics": lambda value: _metrics(value),
+    "log_level": parse_log_levels,
 }

@@ -4,6 +4,7 @@ HOME/               0700
   identity.key      0600, the node's secret seed
   network.json      the genesis of its network
   config.toml       what the operator may change, with comments
+  swarm.key         0600, the key of a private swarm, where there is one
   data/             the store
   downloads/        models from the hub, until they are published
   rpc.sock          while the node runs
@@ -16,11 +17,12 @@ import tomlkit
 
 from blyan_node import config
 from blyan_node.config import Config, Role, Settings
-from blyan_node.identity import create_identity
+from blyan_node.identity import create_identity, load_psk, write_secret
 from protocols import limits
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.ids import cid_text
+from protocols.psk import psk_text
 
 HOME_FOLDER_MODE = 0o700
 
@@ -30,8 +32,13 @@ def is_home(home: Path) -> bool:
     return any((home / name).exists() for name in (config.KEY_FILE, config.FILE))
 
 
-def create_home(home: Path, *, role: Role, network: Path | None) -> dict[str, str]:
-    """Makes a home; refuses to overwrite one. What it says of it is `init`'s answer."""
+def create_home(
+    home: Path, *, role: Role, network: Path | None, psk: Path | None = None
+) -> dict[str, str]:
+    """Makes a home; refuses to overwrite one. What it says of it is `init`'s answer.
+
+    It keeps a copy of `network`, and of `psk`, the key of a private swarm.
+    """
     if is_home(home):
         raise Refused(
             ErrorCode.CONFLICT,
@@ -41,11 +48,14 @@ def create_home(home: Path, *, role: Role, network: Path | None) -> dict[str, st
             {"path": str(home)},
         )
     genesis = read_genesis(network) if network else DEVELOPMENT
+    swarm_key = load_psk(psk) if psk else None
     home.mkdir(parents=True, exist_ok=True)
     home.chmod(HOME_FOLDER_MODE)
     (home / config.DATA_FOLDER).mkdir(mode=HOME_FOLDER_MODE, exist_ok=True)
     write_whole(home / config.GENESIS_FILE, genesis.to_json())
     write_whole(home / config.FILE, config_text(role))
+    if swarm_key is not None:
+        write_secret(home / config.PSK_FILE, psk_text(swarm_key))
     identity = create_identity(home / config.KEY_FILE)
     return {
         "home": str(home),
@@ -125,6 +135,29 @@ _EXPLAINED = (
         '"all"',
         "Whose models a gpu node takes by itself, besides its own: all, or a list of peer ids. If",
         "not set: all in a network of one's own, nobody's in the built-in network.",
+    ),
+    (
+        "psk",
+        '"swarm.key"',
+        "The key of a private swarm, in a file that only its owner may read; if not set,",
+        "swarm.key in this folder if it is there.",
+    ),
+    (
+        "allowed_peers",
+        '"all"',
+        "Who may take part in the network: all, or a list of peer ids.",
+    ),
+    (
+        "metrics",
+        '"127.0.0.1:9464"',
+        "Where Prometheus may read this node's metrics, over HTTP; off if not set. An address that",
+        "other machines can reach needs public: before it.",
+    ),
+    (
+        "log_level",
+        '"info,network=debug"',
+        "debug, info, warning or error, for all and for areas of the log: node, network, chain,",
+        "sync, experts, models, rpc, metrics. info if not set.",
     ),
     (
         "hub_endpoint",

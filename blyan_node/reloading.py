@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from blyan_node.config import KEYS, Config
+from blyan_node.log_areas import apply_levels
 from blyan_node.parts import App
 from blyan_node.services.placement import PlacementConfig
 from protocols.errors import Refused, RemoteProtocolError
-from protocols.ids import BlockId, peer_id_of
+from protocols.ids import BlockId, PeerId, peer_id_of
 from protocols.signing import Identity
 from storage.store import Store
 
 log = logging.getLogger(__name__)
 
-LIVE = ("bootstrap", "hold", "disk", "replicas", "authors")
+LIVE = ("bootstrap", "hold", "disk", "replicas", "authors", "allowed_peers", "log_level")
 """The keys of `config.toml` that take effect without a new start."""
 
 _FIELDS = {"memory": "memory_bytes", "disk": "disk_bytes"}
@@ -75,11 +76,20 @@ class Reloading:
         app = self._app
         if "bootstrap" in live:
             app.network.add_bootstrap(after.bootstrap)
+        if "allowed_peers" in live:
+            app.network.set_allowed(allowed_peers(after))
+        if "log_level" in live:
+            apply_levels(after.log_level)
         if "disk" in live:
             app.store.set_quota(after.disk_bytes)
         if set(live) & {"hold", "replicas", "authors"}:
             app.adverts.set_auto(after.hold == "auto")
             await app.placement.configure(placement_config(after, app.identity, app.store))
+
+
+def allowed_peers(config: Config) -> frozenset[PeerId] | None:
+    """Who may take part in the network; None: everybody."""
+    return None if config.allowed_peers == "all" else frozenset(config.allowed_peers)
 
 
 def placement_config(config: Config, identity: Identity, store: Store) -> PlacementConfig:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from blyan_node.config import Config, Settings
@@ -44,10 +45,13 @@ def start(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end_at_once)
     if not is_home(home):
-        create_home(home, role=options.role or "main", network=network)
+        psk = None if options.psk is None else Path(options.psk)
+        create_home(home, role=options.role or "main", network=network, psk=psk)
+    if verbose and options.log_level is None:
+        options = msgspec.structs.replace(options, log_level="debug")
     read = partial(open_home, home, rpc=rpc, network=network, options=options)
     config = read()
-    lines = start_logging(as_json=as_json, verbose=verbose)
+    lines = start_logging(config.log_level, as_json=as_json)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
     try:
         trio.run(_serve, config, read, lines)

@@ -32,6 +32,8 @@ threads = 3
 replicas = 2
 authors = ["{PEER}"]
 hub_endpoint = "https://hub.example.org"
+psk = "keys/swarm.key"
+allowed_peers = ["{PEER}"]
 """
 
 
@@ -51,6 +53,8 @@ def test_every_key_is_taken_over() -> None:
     assert (made.memory_bytes, made.disk_bytes) == (8 * 2**30, 50 * 10**9)
     assert (made.threads, made.replicas, made.authors) == (3, 2, (PEER,))
     assert made.hub_endpoint == "https://hub.example.org"
+    assert made.psk == Path("/home/alice/keys/swarm.key")
+    assert made.allowed_peers == (PEER,)
     assert made.rpc == Path("/home/alice/rpc.sock")
 
 

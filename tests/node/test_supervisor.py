@@ -153,6 +153,8 @@ def _config(**settings: object) -> Config:
         ("replicas", 5),
         ("authors", "all"),
         ("hub_endpoint", "http://127.0.0.1:1"),
+        ("psk", "/etc/blyan/swarm.key"),
+        ("allowed_peers", [PEER]),
     ],
 )
 def test_a_change_takes_effect_now_or_is_said_to_wait(key: str, value: object) -> None:
