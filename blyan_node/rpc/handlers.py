@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from blyan_node.parts import App
-from blyan_node.rpc import calls, chain, events, expert, generate, model, node, publish
+from blyan_node.rpc import calls, chain, events, expert, generate, metrics, model, node, publish
 from blyan_node.rpc.connection import Bound
 from blyan_node.rpc.context import Context
 
@@ -40,6 +40,7 @@ HANDLERS: Mapping[str, Handler] = {
     "chain.graph": chain.graph,
     "block.show": chain.show_block,
     "events.subscribe": events.subscribe,
+    "metrics.read": metrics.read,
     "rpc.discover": calls.discover,
     "rpc.cancel": calls.cancel,
 }

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from protocols.errors import ErrorCode
-from protocols.rpc import calls, chain, events, expert, generate, model, node
+from protocols.rpc import calls, chain, events, expert, generate, metrics, model, node
 
 E = ErrorCode
 
@@ -224,6 +224,12 @@ _ROWS = (
         events.SubscribeResult,
         (),
         (EVENTS,),
+    ),
+    Method(
+        "metrics.read",
+        "What the node counts and measures, as Prometheus sees it",
+        metrics.MetricsRequest,
+        metrics.MetricsResult,
     ),
     Method(
         "rpc.discover",
