@@ -19,6 +19,7 @@ from cli.shared import (
     EXIT_USAGE,
     Group,
     no_node,
+    shared_of,
     tell,
 )
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
@@ -63,9 +64,22 @@ class Root(Group):
         found: click.Command = getattr(importlib.import_module(f"cli.commands.{module}"), attribute)
         return found
 
+    def invoke(self, context: click.Context) -> object:
+        """Runs the command that is named, or says the version and runs none."""
+        if context.params.pop("version"):
+            from cli.version import show_version
+
+            show_version(shared_of(context))
+            return None
+        return super().invoke(context)
+
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="blyan-node", message="%(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    help="Say the version, the commit, and what a node that runs says of its own; no more.",
+)
 def root() -> None:
     """Blyan: Mixture-of-Experts models on a block DAG, run by the machines of a swarm."""
 

@@ -1,6 +1,7 @@
 """`node.*` and `network.*`."""
 
 from blyan_node.parts import App
+from blyan_node.release import COMMIT
 from blyan_node.rpc.context import Context
 from blyan_node.services.holding import Reason
 from protocols.ids import cid_text
@@ -15,6 +16,7 @@ async def status(app: App, request: node.StatusRequest, context: Context) -> nod
         role=app.config.role,
         network=cid_text(app.config.genesis.id),
         version=app.version,
+        commit=COMMIT,
         addrs=list(app.network.addrs),
         peers=len(app.network.peers),
         blocks=stats.accepted,

@@ -25,12 +25,17 @@ class Syncing(Result, frozen=True):
 
 
 class StatusResult(Result, frozen=True):
-    """`network` is the network's id, `syncing` is None once the node is level with its peers."""
+    """What a node is, does and waits for.
+
+    `network` is the network's id; `commit` is None where nothing tells it; `syncing` is None once
+    the node is level with its peers.
+    """
 
     peer_id: str
     role: Literal["main", "gpu"]
     network: str
     version: str
+    commit: str | None
     addrs: list[str]
     peers: Count
     blocks: Count
