@@ -54,6 +54,10 @@ class Connection:
         """Sends a line when the client takes it."""
         self._outbox.put(line)
 
+    async def wait_not_full(self) -> None:
+        """Waits while much is on its way that the client has not taken."""
+        await self._outbox.wait_not_full()
+
     def cancel(self, request_id: RequestId) -> bool:
         """Ends a request of this client early; False if there is no such request."""
         context = self._running.get(request_id)
