@@ -129,6 +129,10 @@ dials_unsaid_max = 2  # failed ones of a bootstrap peer, before the log says so
 redial_s = 1  # doubles with each failure
 redial_s_max = 30
 known_peer_s_max = 3_600  # a peer that was out of reach for so long is forgotten
+reach_addrs_max = 4  # that a peer is asked to dial
+reach_dial_s_max = 5
+reach_every_s = 5  # for one peer
+reach_askers_max = 4  # that are dialled at a time
 close_s_max = 2
 write_stall_s_max = 5  # a peer that takes no bytes for so long is disconnected
 channels_per_protocol_max = 2
@@ -268,5 +272,6 @@ assert strangers_max < peers_max
 assert mesh_peers_max <= hello_peers_max <= hearsay_per_peer_max
 assert hearsay_dials_per_teller_max < hearsay_dials_at_once_max < dials_at_once_max
 assert dial_s_max <= dial_peer_s_max
+assert reach_dial_s_max < request_s_max
 assert unread_bytes_per_peer_max >= channel_request_bytes_max
 assert message_bytes_max <= stream_window_bytes <= unread_bytes_per_peer_max

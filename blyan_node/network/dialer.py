@@ -1,7 +1,6 @@
 """Dials whom the address book says is due, a few at a time, with the book's backoff."""
 
 import logging
-import os
 from collections.abc import Callable, Collection
 
 import trio
@@ -11,7 +10,7 @@ from multiaddr import Multiaddr
 from blyan_node.network.addressbook import AddressBook
 from blyan_node.network.host import GuardedSwarm
 from blyan_node.network.names import resolved
-from blyan_node.network.private import NotOurs
+from blyan_node.network.reasons import reason
 from protocols.ids import PeerId
 from protocols.limits import (
     dial_peer_s_max,
@@ -24,15 +23,6 @@ from protocols.limits import (
 log = logging.getLogger("blyan.network")
 
 _LOOK_AT_LEAST_EVERY_S = 5.0
-
-
-def reason(error: BaseException) -> str:
-    """What a dial failed of, in words: py-libp2p has it at the end of a chain of its own errors."""
-    while error.__cause__ is not None and not isinstance(error, NotOurs):
-        error = error.__cause__
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno).lower()
-    return str(error) or type(error).__name__
 
 
 class Dialer:

@@ -39,7 +39,8 @@ from multiaddr import Multiaddr
 
 from blyan_node.network.doorkeeper import Doorkeeper
 from blyan_node.network.muxer import GuardedMuxer, GuardedYamux
-from blyan_node.network.private import DoorUpgrader, NotOurs
+from blyan_node.network.private import DoorUpgrader
+from blyan_node.network.reasons import not_ours
 from protocols.hello import PROTOCOL as HELLO
 from protocols.ids import PeerId
 from protocols.limits import (
@@ -186,13 +187,6 @@ class GuardedSwarm(Swarm):
         for conn in self.get_connections():
             assert isinstance(conn.muxed_conn, GuardedYamux)
             await conn.muxed_conn.abort()
-
-
-def not_ours(error: BaseException | None) -> NotOurs | None:
-    """What was wrong with the other side's first bytes, if that is what `error` comes from."""
-    while error is not None and not isinstance(error, NotOurs):
-        error = error.__cause__
-    return error
 
 
 class NoAutoConnector(AutoConnector):

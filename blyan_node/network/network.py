@@ -35,6 +35,7 @@ from blyan_node.network.listening import cannot_listen, check_free
 from blyan_node.network.membership import NOT_ALLOWED, Around, Membership, close_quietly
 from blyan_node.network.providers import Providers
 from blyan_node.network.quiet import quiet_libp2p
+from blyan_node.network.reach import Reach
 from blyan_node.network.traffic import Ledger
 from protocols.hello import HelloSummary
 from protocols.ids import PeerId
@@ -77,6 +78,7 @@ class Network:
         members.around = Around(
             swarm, self._exchange, self._dialer, self._greeting, self._providers
         )
+        self.reach = Reach(self, swarm)
         self.handle(greeting.PROTOCOL, greeting.MESSAGES, self._greeting.answer)
 
     # What services use
@@ -100,6 +102,15 @@ class Network:
         """Knows and dials these nodes from now on; raises `RemoteProtocolError` for a bad one."""
         self._know(addresses)
         self._dialer.wake()
+
+    def bootstrap(self) -> list[tuple[PeerId, str, str | None]]:
+        """Each bootstrap address, with its peer and why the last dial failed, if it did."""
+        return self._book.bootstrap()
+
+    @property
+    def turned_away(self) -> int:
+        """How many connections did not begin as ours do, since the start."""
+        return self._swarm.doorkeeper.turned_away
 
     def set_allowed(self, peers: frozenset[PeerId] | None) -> None:
         """From now on only these take part (None: everybody); others are disconnected."""
