@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blyan_node.config import Settings, settings_of
+from blyan_node.config_file import ConfigError
 from blyan_node.rpc.refusals import leaves_of, refusal_of_os
+from blyan_node.settings import Settings, settings_of
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.rpc import telling
 
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except Refused as refused:
         return _tell(refused, arguments.json, EXIT_REFUSED)
+    except ConfigError as error:
+        told = f"cannot use {error.where}"
+        bad = Refused(ErrorCode.BAD_INPUT, told, error.why, error.next, error.data)
+        return _tell(bad, arguments.json, EXIT_USAGE)
     except RemoteProtocolError as error:
         bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
         return _tell(bad, arguments.json, EXIT_USAGE)
@@ -98,6 +103,12 @@ def _fsck(arguments: argparse.Namespace) -> int:
     return fsck(Path(arguments.home), repair=arguments.repair, as_json=arguments.json)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from blyan_node.doctor.verb import doctor
+
+    return doctor(Path(arguments.home), rpc=_path(arguments.rpc), as_json=arguments.json)
+
+
 def _block_drop(arguments: argparse.Namespace) -> int:
     from blyan_node.offline import block_drop
 
@@ -140,7 +151,7 @@ def _options(pairs: Sequence[str]) -> Settings:
             values[key] = json.loads(value)
         except ValueError:
             raise RemoteProtocolError(f"--set {key[:40]}", "its value is no JSON") from None
-    return settings_of(values, "--{}")
+    return settings_of(values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -170,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--network")
     verb("init", _init).add_argument("--network")
     verb("fsck", _fsck).add_argument("--repair", action="store_true")
+    verb("doctor", _doctor).add_argument("--rpc")
     verb("block-drop", _block_drop).add_argument("id")
     verb("bench", _bench).add_argument("names", nargs="*")
     testnet = verb("testnet", _testnet)

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blyan_node.config import KEYS, Config
+from blyan_node.config import Config
 from blyan_node.log_areas import apply_levels
 from blyan_node.parts import App
 from blyan_node.services.placement import PlacementConfig
+from blyan_node.settings import KEYS
 from protocols.errors import Refused, RemoteProtocolError
 from protocols.ids import BlockId, PeerId, peer_id_of
 from protocols.signing import Identity

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from blyan_node.config import Config, Settings
+from blyan_node.config import Config
 from blyan_node.home import create_home, is_home, open_home
 from blyan_node.logs import JsonLines, start_logging
 from blyan_node.rpc.refusals import leaves_of
+from blyan_node.settings import Settings
 from blyan_node.supervisor import Supervisor
 from protocols.errors import Refused, RemoteProtocolError
 

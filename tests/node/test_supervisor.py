@@ -15,9 +15,11 @@ import pytest
 import tomlkit
 import trio
 
-from blyan_node.config import KEYS, Config, Settings, make_config
+from blyan_node.config import Config, make_config
+from blyan_node.config_file import Written
 from blyan_node.home import create_home
 from blyan_node.reloading import LIVE, changes
+from blyan_node.settings import KEYS, Settings
 from blyan_node.supervisor import Supervisor
 from blyan_node.testing.foreground import Foreground
 from blyan_node.testing.virtual_time import virtual_time_test
@@ -90,7 +92,7 @@ def test_a_service_tells_its_manager_of_its_life(
     log = daemon.log.read_text()
     assert "changed: disk, replicas" in log
     assert "in use from the next start only: announce" in log
-    assert "nothing has changed: config.toml: replicas" in log
+    assert "nothing has changed: config.toml line 1, column 12: replicas" in log
 
 
 @pytest.mark.slow
@@ -136,7 +138,7 @@ def test_who_is_told() -> None:
 
 def _config(**settings: object) -> Config:
     file = Settings(**{"memory": "1GiB", **settings})  # type: ignore[arg-type]
-    return make_config(Path("/home/alice"), DEVELOPMENT, None, file, Settings())
+    return make_config(Path("/home/alice"), DEVELOPMENT, None, Written(file), Settings())
 
 
 @pytest.mark.parametrize(
