@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
+
 from blyan_node.config_file import ConfigError
 from blyan_node.rpc.refusals import leaves_of, refusal_of_os
 from blyan_node.settings import Settings, settings_of
@@ -95,6 +97,16 @@ def _init(arguments: argparse.Namespace) -> int:
         psk=_path(options.psk),
     )
     return _print(made, arguments.json, "{role} node {peer_id}\n  home {home}\n  network {network}")
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from blyan_node.home import open_home
+    from blyan_node.in_use import told
+
+    home, rpc = Path(arguments.home), _path(arguments.rpc)
+    config = open_home(home, rpc=rpc, network=None, options=_options(arguments.set))
+    print(json.dumps(msgspec.to_builtins(told(config, running=False))))
+    return 0
 
 
 def _fsck(arguments: argparse.Namespace) -> int:
@@ -179,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     start = verb("start", _start)
     start.add_argument("--rpc")
     start.add_argument("--network")
+    verb("config-show", _config_show).add_argument("--rpc")
     verb("init", _init).add_argument("--network")
     verb("fsck", _fsck).add_argument("--repair", action="store_true")
     verb("doctor", _doctor).add_argument("--rpc")

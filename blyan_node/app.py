@@ -14,6 +14,7 @@ import trio
 
 from blyan_node.config import Config
 from blyan_node.identity import load_identity, load_psk
+from blyan_node.in_use import InUse
 from blyan_node.metrics.exposition import CONTENT_TYPE, exposition
 from blyan_node.metrics.port import TEXT, MetricsPort, Page
 from blyan_node.moe.numerics import use_threads
@@ -108,6 +109,7 @@ def build(
     author = Author(store, identity, config.genesis.id, clock_ms)
     return App(
         config=config,
+        in_use=InUse(config),
         identity=identity,
         version=node_version,
         profile=numeric,

@@ -41,6 +41,9 @@ DEFAULT_HOLD: Mapping[Role, str] = {"main": "none", "gpu": "auto"}
 HUB_ENDPOINT = "https://huggingface.co"
 ENDPOINT_VARIABLE = "HF_ENDPOINT"
 
+FIELDS: Mapping[str, str] = {"memory": "memory_bytes", "disk": "disk_bytes"}
+"""The fields of `Config` that have other names than their keys."""
+
 Source = Literal["default", "file", "environment", "option"]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from blyan_node.config import Config
+from blyan_node.in_use import InUse
 from blyan_node.metrics.port import MetricsPort
 from blyan_node.network.network import Network
 from blyan_node.rpc.tally import Tally
@@ -31,12 +32,14 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class App:
-    """A node's objects, for the RPC's handlers. `stop` ends the node as a signal would.
+    """A node's objects, for the RPC's handlers. `config` is what it started with, `in_use` has what
+    it goes by since. `stop` ends the node as a signal would.
 
     `began_at` is in s since 1970.
     """
 
     config: Config
+    in_use: InUse
     identity: Identity
     version: str
     profile: str

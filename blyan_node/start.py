@@ -90,7 +90,7 @@ async def _serve(config: Config, read: Callable[[], Config], lines: JsonLines | 
             if supervisor is not None:
                 supervisor.ready(app.summary())
                 nursery.start_soon(supervisor.report, app.summary)
-            nursery.start_soon(follow_hangups, Reloading(app, config, read), app.summary)
+            nursery.start_soon(follow_hangups, Reloading(app, read), app.summary)
 
         async def follow_hangups(reloading: Reloading, summary: Callable[[], str]) -> None:
             async for _ in hangups:

@@ -5,7 +5,19 @@ from functools import partial
 from typing import Any
 
 from blyan_node.parts import App
-from blyan_node.rpc import calls, chain, events, expert, generate, metrics, model, node, publish
+from blyan_node.rpc import (
+    calls,
+    chain,
+    config,
+    doctor,
+    events,
+    expert,
+    generate,
+    metrics,
+    model,
+    node,
+    publish,
+)
 from blyan_node.rpc.connection import Bound
 from blyan_node.rpc.context import Context
 
@@ -16,6 +28,8 @@ HANDLERS: Mapping[str, Handler] = {
     "node.id": node.show_id,
     "node.peers": node.peers,
     "node.stop": node.stop,
+    "node.config": config.show,
+    "node.doctor": doctor.run,
     "network.show": node.network,
     "model.publish": publish.publish,
     "model.dry_run": publish.dry_run,

@@ -86,6 +86,14 @@ def test_a_service_tells_its_manager_of_its_life(
         manager.until("RELOADING")
         manager.until("READY")
         assert alice("status")["role"] == "gpu"
+        shown = alice("config", "show")
+        told = {setting["key"]: setting for setting in shown["settings"]}
+        assert shown["running"] and told.keys() == set(KEYS)
+        assert (told["replicas"]["value"], told["replicas"]["source"]) == (3, "file")
+        assert told["replicas"]["line"] and told["replicas"]["reloaded"] > 0
+        assert (told["announce"]["value"], told["announce"]["waiting"]) == ([], True)
+        assert (told["threads"]["value"], told["threads"]["source"]) == (1, "option")
+        assert told["memory"]["reloaded"] is None
         os.kill(alice.pid, signal.SIGTERM)
         manager.until("STOPPING")
         daemon.ends()
