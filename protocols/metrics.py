@@ -23,7 +23,7 @@ LABELS: Mapping[str, str] = {
     "use": "`experts`, `trunks` or `caches`",
     "memory": "`anonymous` or `file`",
     "layer": f"the number of the layer, up to {LAYER_LABELS_MAX - 1}; `{BEHIND}` for all behind it",
-    "protocol": "one of the protocols that this node speaks, such as `/blyan/experts/1`",
+    "protocol": "one of the protocols that this node speaks, such as `/blyan/expert/1`",
     "direction": "`in` or `out`, as seen from this node",
     "cause": "`gone`, `timeout`, `malformed`, or `refused`",
     "code": "the name of an error of the RPC, such as `EXPERT_UNAVAILABLE`",

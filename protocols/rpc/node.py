@@ -62,13 +62,18 @@ class PeersRequest(Request, frozen=True):
 
 
 class PeerInfo(Result, frozen=True):
-    """One connected node; `since` is in s since 1970, `rtt_ms` None until it was measured."""
+    """One connected node; `since` is in s since 1970, `rtt_ms` None until it was measured.
+
+    `bytes_in` and `bytes_out` passed on the streams of the node's own protocols since then.
+    """
 
     peer_id: str
     addrs: list[str]
     role: str
     rtt_ms: float | None
     since: float
+    bytes_in: Count
+    bytes_out: Count
 
 
 class PeersResult(Result, frozen=True):
