@@ -50,7 +50,7 @@ def load_identity(path: Path) -> Identity:
 
 
 def load_psk(path: Path) -> bytes:
-    """Reads a private swarm's key, 32 bytes; raises as `load_identity`, `Refused` if there is none."""
+    """Reads a private swarm's key; raises as `load_identity`, and `Refused` if it is not there."""
     try:
         return parse_psk(_secret(path, "this private swarm's key"))
     except FileNotFoundError:

@@ -107,6 +107,21 @@ class Network:
         """Each bootstrap address, with its peer and why the last dial failed, if it did."""
         return self._book.bootstrap()
 
+    async def try_bootstrap(self) -> None:
+        """Dials the bootstrap nodes that are not peers, whatever their backoff; waits for hello."""
+        async with trio.open_nursery() as nursery:
+            for peer in {peer for peer, _, _ in self._book.bootstrap()} - set(self.peers):
+                if self._members.wants(peer):
+                    nursery.start_soon(self._dial_and_greet, peer)
+
+    async def _dial_and_greet(self, peer: PeerId) -> str | None:
+        """Dials and waits for hello; why the dial failed."""
+        why = await self._dialer.dial(peer)
+        with trio.move_on_after(hello_s_max):
+            while peer not in self.peers and self._members.is_connected(peer):
+                await self._members.changed.wait()
+        return why
+
     @property
     def turned_away(self) -> int:
         """How many connections did not begin as ours do, since the start."""
@@ -178,12 +193,9 @@ class Network:
         if not self._members.allows(peer):
             raise PeerGone(peer, NOT_ALLOWED)
         if peer not in self.peers:
-            why = await self._dialer.dial(peer)
+            why = await self._dial_and_greet(peer)
             if why is not None and not self._members.is_connected(peer):
                 raise PeerGone(peer, why)
-        with trio.move_on_after(hello_s_max):
-            while peer not in self.peers and self._members.is_connected(peer):
-                await self._members.changed.wait()
         if peer not in self.peers:
             raise PeerGone(peer, "hello failed; the log says why")
         return peer

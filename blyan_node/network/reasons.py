@@ -1,4 +1,4 @@
-"""Why a connection did not come about, in words: py-libp2p has it at the end of a chain of errors."""
+"""Why a connection failed, in words: py-libp2p has it at the end of a chain of errors."""
 
 import os
 
