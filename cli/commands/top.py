@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -117,7 +118,9 @@ def _draw(path: str, every: float, file: Path) -> None:
         file=io.StringIO(), width=PICTURE_COLUMNS, record=True, force_terminal=True, no_color=False
     )
     console.print(frame(_look_twice(path, every), console.width))
-    file.write_text(console.export_svg(title="blyan-node top"))
+    picture = console.export_svg(title="blyan-node top")
+    # rich's own fonts come from a server of somebody else's; any fixed one will do.
+    file.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))
     click.echo(f"{file}: written", err=True)
 
 

@@ -135,5 +135,6 @@ def test_a_picture_of_a_frame_is_an_svg(swarm: Testnet, tmp_path: Path) -> None:
 
     blyan("--rpc", swarm["alice"].rpc, "top", "--every", "0.2", "--picture", tmp_path / "a.svg")
     tree = ElementTree.parse(tmp_path / "a.svg")
+    assert "url(http" not in (tmp_path / "a.svg").read_text(), "it loads nothing from elsewhere"
     text = "".join(tree.getroot().itertext()).replace("\xa0", " ")
     assert "blyan-node top" in text and _short(swarm, "bob") in text

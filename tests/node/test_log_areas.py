@@ -4,13 +4,23 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from blyan_node import log_areas, logs
+from blyan_node.config import Settings
+from blyan_node.home import create_home, open_home
+from blyan_node.in_use import InUse
 from blyan_node.log_areas import AREAS, LogLevels, apply_levels, area_of, parse_log_levels
 from blyan_node.logs import COUNTED, Fewer, JsonLines, PlainLines
+from blyan_node.parts import App
+from blyan_node.reloading import Reloading
+from blyan_node.testing.trio_tests import trio_test
 from protocols.errors import RemoteProtocolError
 from protocols.limits import log_burst_max, log_kinds_max, log_lines_per_s_max
 
@@ -159,3 +169,20 @@ def test_lines_are_counted_by_level(log: logging.Logger) -> None:
     _lines(log, 3, at=5000.0)
     assert COUNTED.lines["info"] == before + 3
     assert logs.COUNTED is COUNTED
+
+
+@trio_test
+async def test_a_reload_changes_the_level_of_a_running_node(levels: None, tmp_path: Path) -> None:
+    create_home(tmp_path / "alice", role="main", network=None)
+    read = partial(open_home, tmp_path / "alice", rpc=None, network=None, options=Settings())
+    app = cast(App, SimpleNamespace(in_use=InUse(read())))
+    reloading = Reloading(app, read)
+    network = logging.getLogger("blyan.network")
+    apply_levels(read().log_level)
+    assert not network.isEnabledFor(logging.DEBUG)
+    (tmp_path / "alice/config.toml").write_text('log_level = "network=debug"\n')
+    assert (await reloading.reload()).live == ("log_level",)
+    assert network.isEnabledFor(logging.DEBUG)
+    (tmp_path / "alice/config.toml").write_text('log_level = "network=loud"\n')
+    assert (await reloading.reload()).live == ()
+    assert network.isEnabledFor(logging.DEBUG), "what is wrong changes nothing"

@@ -165,6 +165,8 @@ def _config(**settings: object) -> Config:
         ("hub_endpoint", "http://127.0.0.1:1"),
         ("psk", "/etc/blyan/swarm.key"),
         ("allowed_peers", [PEER]),
+        ("metrics", "127.0.0.1:9464"),
+        ("log_level", "info,network=debug"),
     ],
 )
 def test_a_change_takes_effect_now_or_is_said_to_wait(key: str, value: object) -> None:
