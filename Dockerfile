@@ -24,6 +24,9 @@ COPY protocols protocols
 COPY storage storage
 COPY blyan_node blyan_node
 COPY cli cli
+COPY setup.py ./
+# What `blyan-node --version` shows: --build-arg BLYAN_COMMIT="$(git rev-parse HEAD)".
+ARG BLYAN_COMMIT=
 RUN /opt/blyan/bin/pip install --quiet --no-cache-dir --disable-pip-version-check \
     --constraint constraints.txt --no-deps --force-reinstall .
 

@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blyan_node.config import Settings, settings_of
+import msgspec
+
+from blyan_node.config_file import ConfigError
 from blyan_node.rpc.refusals import leaves_of, refusal_of_os
+from blyan_node.settings import Settings, settings_of
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.rpc import telling
 
@@ -34,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except Refused as refused:
         return _tell(refused, arguments.json, EXIT_REFUSED)
+    except ConfigError as error:
+        told = f"cannot use {error.where}"
+        bad = Refused(ErrorCode.BAD_INPUT, told, error.why, error.next, error.data)
+        return _tell(bad, arguments.json, EXIT_USAGE)
     except RemoteProtocolError as error:
         bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
         return _tell(bad, arguments.json, EXIT_USAGE)
@@ -82,15 +89,36 @@ def _start(arguments: argparse.Namespace) -> int:
 def _init(arguments: argparse.Namespace) -> int:
     from blyan_node.home import create_home
 
-    role = _options(arguments.set).role or "main"
-    made = create_home(Path(arguments.home), role=role, network=_path(arguments.network))
+    options = _options(arguments.set)
+    made = create_home(
+        Path(arguments.home),
+        role=options.role or "main",
+        network=_path(arguments.network),
+        psk=_path(options.psk),
+    )
     return _print(made, arguments.json, "{role} node {peer_id}\n  home {home}\n  network {network}")
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from blyan_node.home import open_home
+    from blyan_node.in_use import told
+
+    home, rpc = Path(arguments.home), _path(arguments.rpc)
+    config = open_home(home, rpc=rpc, network=None, options=_options(arguments.set))
+    print(json.dumps(msgspec.to_builtins(told(config, running=False))))
+    return 0
 
 
 def _fsck(arguments: argparse.Namespace) -> int:
     from blyan_node.offline import fsck
 
     return fsck(Path(arguments.home), repair=arguments.repair, as_json=arguments.json)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from blyan_node.doctor.verb import doctor
+
+    return doctor(Path(arguments.home), rpc=_path(arguments.rpc), as_json=arguments.json)
 
 
 def _block_drop(arguments: argparse.Namespace) -> int:
@@ -135,7 +163,7 @@ def _options(pairs: Sequence[str]) -> Settings:
             values[key] = json.loads(value)
         except ValueError:
             raise RemoteProtocolError(f"--set {key[:40]}", "its value is no JSON") from None
-    return settings_of(values, "--{}")
+    return settings_of(values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,8 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     start = verb("start", _start)
     start.add_argument("--rpc")
     start.add_argument("--network")
+    verb("config-show", _config_show).add_argument("--rpc")
     verb("init", _init).add_argument("--network")
     verb("fsck", _fsck).add_argument("--repair", action="store_true")
+    verb("doctor", _doctor).add_argument("--rpc")
     verb("block-drop", _block_drop).add_argument("id")
     verb("bench", _bench).add_argument("names", nargs="*")
     testnet = verb("testnet", _testnet)

@@ -13,15 +13,19 @@ from importlib.metadata import version
 import trio
 
 from blyan_node.config import Config
-from blyan_node.identity import load_identity
+from blyan_node.identity import load_identity, load_psk
+from blyan_node.in_use import InUse
+from blyan_node.metrics.exposition import CONTENT_TYPE, exposition
+from blyan_node.metrics.port import TEXT, MetricsPort, Page
 from blyan_node.moe.numerics import use_threads
 from blyan_node.moe.profile import profile
 from blyan_node.network.interface import NetworkConfig
 from blyan_node.network.network import Network
 from blyan_node.parts import App
-from blyan_node.reloading import placement_config
+from blyan_node.reloading import allowed_peers, placement_config
 from blyan_node.rpc.handlers import handlers
 from blyan_node.rpc.server import RpcServer
+from blyan_node.rpc.tally import Tally
 from blyan_node.services.authoring import Author
 from blyan_node.services.chain import Chain
 from blyan_node.services.directory import AdvertConfig, Adverts
@@ -42,6 +46,8 @@ from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
 from blyan_node.services.update import Update
 from blyan_node.services.verify import Verify
+from protocols.dag.genesis import PRIVATE
+from protocols.errors import ErrorCode, Refused
 from protocols.hello import HelloSummary
 from protocols.signing import Identity
 from storage.store import Store, open_store
@@ -54,7 +60,9 @@ def clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def build(config: Config, identity: Identity, store: Store, stop: Callable[[], None]) -> App:
+def build(
+    config: Config, identity: Identity, psk: bytes | None, store: Store, stop: Callable[[], None]
+) -> App:
     """Every object of a node, none of them running."""
     use_threads(config.threads)
     numeric, node_version = profile(), version("blyan-node")
@@ -73,6 +81,8 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
             listen=config.listen,
             announce=config.announce,
             bootstrap=config.bootstrap,
+            psk=psk,
+            allowed_peers=allowed_peers(config),
             seed=int.from_bytes(identity.public[:8]),
         ),
         lambda: HelloSummary(log_id=store.log_id, log_length=store.stats().accepted),
@@ -99,6 +109,7 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
     author = Author(store, identity, config.genesis.id, clock_ms)
     return App(
         config=config,
+        in_use=InUse(config),
         identity=identity,
         version=node_version,
         profile=numeric,
@@ -130,8 +141,25 @@ def build(config: Config, identity: Identity, store: Store, stop: Callable[[], N
         update=Update(store, chain, author, authoring),
         export=Export(store, supply, files),
         verify=Verify(store, files),
+        metrics=MetricsPort(config.metrics),
+        tally=Tally(),
+        began_at=time.time(),
         stop=stop,
     )
+
+
+def swarm_key(config: Config) -> bytes | None:
+    """The key of the private swarm, if it is one; raises `Refused` where the key is missing."""
+    if config.psk is not None:
+        return load_psk(config.psk)
+    if config.genesis.parameters.get(PRIVATE):
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            f"the network {config.genesis.name!r} is private",
+            "this node has not been given its key",
+            "give the key file that came with the network: --psk FILE",
+        )
+    return None
 
 
 async def run_app(
@@ -145,7 +173,7 @@ async def run_app(
     `on_stop` is told when the RPC asks the node to stop.
     Raises `Refused` if the home is in use, the store cannot be opened or an address not be had.
     """
-    identity = load_identity(config.key_file)
+    identity, psk = load_identity(config.key_file), swarm_key(config)
     life, network_life = trio.CancelScope(), trio.CancelScope(shield=True)
 
     def stop() -> None:
@@ -153,7 +181,7 @@ async def run_app(
         life.cancel()
 
     with open_store(config.data, quota_bytes=config.disk_bytes) as store:
-        app = build(config, identity, store, stop)
+        app = build(config, identity, psk, store, stop)
         async with trio.open_nursery() as outlasting:
             await outlasting.start(_run_within, network_life, app.network)
             try:
@@ -178,5 +206,14 @@ async def _serve(app: App, on_ready: Callable[[App], None]) -> None:
         for service in (app.fetch, app.sync, app.gossip, app.serving, app.adverts, app.placement):
             await nursery.start(service.run)
         await nursery.start(app.texts.run)
-        await nursery.start(RpcServer(app.config.rpc, handlers(app)).run)
+        await nursery.start(app.metrics.run, _pages(app))
+        await nursery.start(RpcServer(app.config.rpc, handlers(app), app.tally).run)
         on_ready(app)
+
+
+def _pages(app: App) -> dict[str, Page]:
+    """What the port for metrics shows."""
+    return {
+        "/metrics": Page(CONTENT_TYPE, lambda: exposition(app)),
+        "/health": Page(TEXT, lambda: f"ok: {app.summary()}\n".encode()),
+    }

@@ -4,6 +4,7 @@ HOME/               0700
   identity.key      0600, the node's secret seed
   network.json      the genesis of its network
   config.toml       what the operator may change, with comments
+  swarm.key         0600, the key of a private swarm, where there is one
   data/             the store
   downloads/        models from the hub, until they are published
   rpc.sock          while the node runs
@@ -12,26 +13,32 @@ HOME/               0700
 import os
 from pathlib import Path
 
-import tomlkit
-
 from blyan_node import config
-from blyan_node.config import Config, Role, Settings
-from blyan_node.identity import create_identity
+from blyan_node.config import Config
+from blyan_node.config_file import FILE, config_text, read_file
+from blyan_node.identity import create_identity, load_psk, write_secret
+from blyan_node.settings import Role, Settings
 from protocols import limits
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.ids import cid_text
+from protocols.psk import psk_text
 
 HOME_FOLDER_MODE = 0o700
 
 
 def is_home(home: Path) -> bool:
     """Whether a node has been made here, even if only in part."""
-    return any((home / name).exists() for name in (config.KEY_FILE, config.FILE))
+    return any((home / name).exists() for name in (config.KEY_FILE, FILE))
 
 
-def create_home(home: Path, *, role: Role, network: Path | None) -> dict[str, str]:
-    """Makes a home; refuses to overwrite one. What it says of it is `init`'s answer."""
+def create_home(
+    home: Path, *, role: Role, network: Path | None, psk: Path | None = None
+) -> dict[str, str]:
+    """Makes a home; refuses to overwrite one. What it says of it is `init`'s answer.
+
+    It keeps a copy of `network`, and of `psk`, the key of a private swarm.
+    """
     if is_home(home):
         raise Refused(
             ErrorCode.CONFLICT,
@@ -41,11 +48,14 @@ def create_home(home: Path, *, role: Role, network: Path | None) -> dict[str, st
             {"path": str(home)},
         )
     genesis = read_genesis(network) if network else DEVELOPMENT
+    swarm_key = load_psk(psk) if psk else None
     home.mkdir(parents=True, exist_ok=True)
     home.chmod(HOME_FOLDER_MODE)
     (home / config.DATA_FOLDER).mkdir(mode=HOME_FOLDER_MODE, exist_ok=True)
     write_whole(home / config.GENESIS_FILE, genesis.to_json())
-    write_whole(home / config.FILE, config_text(role))
+    write_whole(home / FILE, config_text(role))
+    if swarm_key is not None:
+        write_secret(home / config.PSK_FILE, psk_text(swarm_key))
     identity = create_identity(home / config.KEY_FILE)
     return {
         "home": str(home),
@@ -57,7 +67,7 @@ def create_home(home: Path, *, role: Role, network: Path | None) -> dict[str, st
 
 def open_home(home: Path, *, rpc: Path | None, network: Path | None, options: Settings) -> Config:
     """Reads a home; raises `Refused` or `RemoteProtocolError` saying what is wrong with it."""
-    for name in (config.FILE, config.KEY_FILE, config.GENESIS_FILE):
+    for name in (FILE, config.KEY_FILE, config.GENESIS_FILE):
         if not (home / name).is_file():
             raise Refused(
                 ErrorCode.NOT_FOUND,
@@ -75,9 +85,9 @@ def open_home(home: Path, *, rpc: Path | None, network: Path | None, options: Se
             "give another --home for another network",
             {"path": str(home)},
         )
-    with (home / config.FILE).open("rb") as file:
-        settings = config.read_settings(file.read(limits.node_config_bytes_max + 1))
-    return config.make_config(home, genesis, rpc, settings, options)
+    with (home / FILE).open("rb") as file:
+        written = read_file(file.read(limits.node_config_bytes_max + 1))
+    return config.make_config(home, genesis, rpc, written, options)
 
 
 def read_genesis(path: Path) -> Genesis:
@@ -88,50 +98,6 @@ def read_genesis(path: Path) -> Genesis:
         return Genesis.from_json(data)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"{path}: {error.where}", error.why) from None
-
-
-def config_text(role: Role) -> str:
-    """A `config.toml` with every key, its meaning, and its default where it is not set."""
-    document = tomlkit.document()
-    document.add(tomlkit.comment("Blyan node. `blyan-node start` reads this; its options win."))
-    for key, value, *lines in _EXPLAINED:
-        document.add(tomlkit.nl())
-        for line in lines:
-            document.add(tomlkit.comment(line))
-        if key == "role":
-            document.add(key, tomlkit.item(role))
-        else:
-            document.add(tomlkit.comment(f"{key} = {value}"))
-    return tomlkit.dumps(document)
-
-
-_EXPLAINED = (
-    ("role", "", "main: answers prompts. gpu: holds experts and computes with them for others."),
-    ("listen", '["/ip4/0.0.0.0/tcp/4040"]', "Addresses to listen on; port 0: any free one."),
-    ("announce", "[]", "Addresses to tell others instead of those of the interfaces."),
-    ("bootstrap", "[]", "Nodes to find the others through, each ending in /p2p/PEER_ID."),
-    (
-        "hold",
-        '"auto"',
-        "Experts to hold: auto (the rarest that fit), none, or a list of experts such as",
-        '["layer0.expert3", "layer0.expert4"]. A main node holds none if not told.',
-    ),
-    ("memory", '"8GiB"', "Memory for weights and caches; half of what is free at start."),
-    ("disk", '"50GiB"', "The most that the store may take; if not set, there is no bound."),
-    ("threads", "4", "Threads that compute; if not set, as many as there are cores."),
-    ("replicas", "2", "Live holders that every expert should have."),
-    (
-        "authors",
-        '"all"',
-        "Whose models a gpu node takes by itself, besides its own: all, or a list of peer ids. If",
-        "not set: all in a network of one's own, nobody's in the built-in network.",
-    ),
-    (
-        "hub_endpoint",
-        '"https://huggingface.co"',
-        "Where models called hf:ORG/NAME come from; HF_ENDPOINT if that is set.",
-    ),
-)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from blyan_node.config import Config
+from blyan_node.in_use import InUse
+from blyan_node.metrics.port import MetricsPort
 from blyan_node.network.network import Network
+from blyan_node.rpc.tally import Tally
 from blyan_node.services.chain import Chain
 from blyan_node.services.directory import Adverts
 from blyan_node.services.export import Export
@@ -29,9 +32,14 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class App:
-    """A node's objects, for the RPC's handlers. `stop` ends the node as a signal would."""
+    """A node's objects, for the RPC's handlers. `config` is what it started with, `in_use` has what
+    it goes by since. `stop` ends the node as a signal would.
+
+    `began_at` is in s since 1970.
+    """
 
     config: Config
+    in_use: InUse
     identity: Identity
     version: str
     profile: str
@@ -55,6 +63,9 @@ class App:
     update: Update
     export: Export
     verify: Verify
+    metrics: MetricsPort
+    tally: Tally
+    began_at: float
     stop: Callable[[], None]
 
     def readiness(self) -> dict[str, object]:
@@ -66,6 +77,7 @@ class App:
             "rpc": str(self.config.rpc),
             "version": self.version,
             "profile": self.profile,
+            **({"metrics": self.metrics.url} if self.metrics.url else {}),
         }
 
     def summary(self) -> str:

@@ -5,24 +5,25 @@ wrong changes nothing.
 """
 
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from blyan_node.config import KEYS, Config
+from blyan_node.config import FIELDS, Config
+from blyan_node.log_areas import apply_levels
 from blyan_node.parts import App
 from blyan_node.services.placement import PlacementConfig
+from blyan_node.settings import KEYS
 from protocols.errors import Refused, RemoteProtocolError
-from protocols.ids import BlockId, peer_id_of
+from protocols.ids import BlockId, PeerId, peer_id_of
 from protocols.signing import Identity
 from storage.store import Store
 
 log = logging.getLogger(__name__)
 
-LIVE = ("bootstrap", "hold", "disk", "replicas", "authors")
+LIVE = ("bootstrap", "hold", "disk", "replicas", "authors", "allowed_peers", "log_level")
 """The keys of `config.toml` that take effect without a new start."""
-
-_FIELDS = {"memory": "memory_bytes", "disk": "disk_bytes"}
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,14 @@ def changes(before: Config, after: Config) -> Changes:
 
 
 def _value(config: Config, key: str) -> Any:
-    return getattr(config, _FIELDS.get(key, key))
+    return getattr(config, FIELDS.get(key, key))
 
 
 class Reloading:
     """Applies configurations to one node. `read` reads the home again, as `start` did."""
 
-    def __init__(self, app: App, config: Config, read: Callable[[], Config]) -> None:
+    def __init__(self, app: App, read: Callable[[], Config]) -> None:
         self._app = app
-        self._config = config
         self._read = read
 
     async def reload(self) -> Changes:
@@ -61,10 +61,9 @@ class Reloading:
         except (Refused, RemoteProtocolError, OSError) as error:
             log.error("the configuration was not read again, nothing has changed: %s", error)
             return Changes((), ())
-        found = changes(self._config, after)
+        found = changes(self._app.in_use.config, after)
         await self._apply(after, found.live)
-        taken = {_FIELDS.get(key, key): _value(after, key) for key in found.live}
-        self._config = replace(self._config, **taken)
+        self._app.in_use.take(after, found.live, found.waiting, time.time())
         log.info("configuration read again; changed: %s", ", ".join(found.live) or "nothing")
         if found.waiting:
             log.warning("changed in config.toml, but in use from the next start only: %s",
@@ -75,11 +74,20 @@ class Reloading:
         app = self._app
         if "bootstrap" in live:
             app.network.add_bootstrap(after.bootstrap)
+        if "allowed_peers" in live:
+            app.network.set_allowed(allowed_peers(after))
+        if "log_level" in live:
+            apply_levels(after.log_level)
         if "disk" in live:
             app.store.set_quota(after.disk_bytes)
         if set(live) & {"hold", "replicas", "authors"}:
             app.adverts.set_auto(after.hold == "auto")
             await app.placement.configure(placement_config(after, app.identity, app.store))
+
+
+def allowed_peers(config: Config) -> frozenset[PeerId] | None:
+    """Who may take part in the network; None: everybody."""
+    return None if config.allowed_peers == "all" else frozenset(config.allowed_peers)
 
 
 def placement_config(config: Config, identity: Identity, store: Store) -> PlacementConfig:

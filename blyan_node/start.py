@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
-from blyan_node.config import Config, Settings
+from blyan_node.config import Config
 from blyan_node.home import create_home, is_home, open_home
 from blyan_node.logs import JsonLines, start_logging
 from blyan_node.rpc.refusals import leaves_of
+from blyan_node.settings import Settings
 from blyan_node.supervisor import Supervisor
 from protocols.errors import Refused, RemoteProtocolError
 
@@ -44,10 +46,13 @@ def start(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end_at_once)
     if not is_home(home):
-        create_home(home, role=options.role or "main", network=network)
+        psk = None if options.psk is None else Path(options.psk)
+        create_home(home, role=options.role or "main", network=network, psk=psk)
+    if verbose and options.log_level is None:
+        options = msgspec.structs.replace(options, log_level="debug")
     read = partial(open_home, home, rpc=rpc, network=network, options=options)
     config = read()
-    lines = start_logging(as_json=as_json, verbose=verbose)
+    lines = start_logging(config.log_level, as_json=as_json)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
     try:
         trio.run(_serve, config, read, lines)
@@ -85,7 +90,7 @@ async def _serve(config: Config, read: Callable[[], Config], lines: JsonLines | 
             if supervisor is not None:
                 supervisor.ready(app.summary())
                 nursery.start_soon(supervisor.report, app.summary)
-            nursery.start_soon(follow_hangups, Reloading(app, config, read), app.summary)
+            nursery.start_soon(follow_hangups, Reloading(app, read), app.summary)
 
         async def follow_hangups(reloading: Reloading, summary: Callable[[], str]) -> None:
             async for _ in hangups:

@@ -32,15 +32,19 @@ class Answer:
 
 
 class Client:
-    """One connection to a node; use it in a `with` block."""
+    """One connection to a node; use it in a `with` block.
 
-    def __init__(self, path: str) -> None:
+    With `answer_s_max` a node that says nothing for so long is gone.
+    """
+
+    def __init__(self, path: str, *, answer_s_max: float | None = None) -> None:
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lines = codec.Lines(limits.rpc_reply_bytes_max)
         self._waiting: list[bytes] = []
         self._asked = False
         self.interrupted = False
+        self._socket.settimeout(answer_s_max)
         try:
             self._socket.connect(path)
         except (OSError, ValueError) as error:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import click
 
@@ -26,9 +28,21 @@ def launch(verb: str, arguments: Iterable[str] = (), settings: Mapping[str, obje
     os.execv(sys.executable, line)
 
 
+def answer(verb: str) -> Any:
+    """What a verb of the daemon's program answers, as a document; it tells its own errors."""
+    context = click.get_current_context()
+    shared = shared_of(context)
+    line = [sys.executable, *_safe_path(), "-m", "blyan_node", verb, *_shared(verb, shared)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        sys.stdout.buffer.write(done.stdout)
+        context.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
 def _shared(verb: str, shared: Shared) -> list[str]:
     line = ["--home", shared.home_path]
-    if shared.explicit_socket and verb == "start":
+    if shared.explicit_socket and verb in ("start", "doctor", "config-show"):
         line += ["--rpc", shared.explicit_socket]
     if shared.json:
         line.append("--json")

@@ -19,6 +19,7 @@ from cli.shared import (
     EXIT_USAGE,
     Group,
     no_node,
+    shared_of,
     tell,
 )
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
@@ -31,6 +32,8 @@ COMMANDS = {
     "id": ("node", "show_id"),
     "peers": ("node", "peers"),
     "stop": ("node", "stop"),
+    "config": ("config", "config"),
+    "doctor": ("doctor", "doctor"),
     "network": ("network", "network"),
     "testnet": ("testnet", "testnet"),
     "model": ("model", "model"),
@@ -41,9 +44,11 @@ COMMANDS = {
     "chain": ("chain", "chain"),
     "block": ("chain", "block"),
     "events": ("events", "events"),
+    "top": ("top", "top"),
     "fsck": ("offline", "fsck"),
     "bench": ("offline", "bench"),
     "rpc": ("rpc", "rpc"),
+    "completion": ("completion", "completion"),
 }
 
 
@@ -62,9 +67,22 @@ class Root(Group):
         found: click.Command = getattr(importlib.import_module(f"cli.commands.{module}"), attribute)
         return found
 
+    def invoke(self, context: click.Context) -> object:
+        """Runs the command that is named, or says the version and runs none."""
+        if context.params.pop("version"):
+            from cli.version import show_version
+
+            show_version(shared_of(context))
+            return None
+        return super().invoke(context)
+
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="blyan-node", message="%(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    help="Say the version, the commit, and what a node that runs says of its own; no more.",
+)
 def root() -> None:
     """Blyan: Mixture-of-Experts models on a block DAG, run by the machines of a swarm."""
 
@@ -77,6 +95,8 @@ def main() -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "_BLYAN_NODE_COMPLETE" in os.environ:
+        importlib.import_module("cli.completion")  # a shell asks: it brings the answers' form
     refused, code = _outcome(given)
     if refused is not None:
         # Asked of the words themselves, since they may be what could not be parsed.

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 import msgspec
+from click.shell_completion import CompletionItem
 
 from cli.client import Answer, Client, NoNode
 from protocols.errors import ErrorCode, Refused
@@ -15,6 +16,8 @@ from protocols.rpc import telling
 from protocols.rpc.address import socket_path
 from protocols.rpc.codec import Note
 from protocols.rpc.table import METHODS
+
+Completions = list[CompletionItem[str]]
 
 EXIT_REFUSED = 1
 EXIT_NO_NODE = 2
@@ -60,6 +63,16 @@ def _set(context: click.Context, parameter: click.Parameter, value: Any) -> None
         setattr(shared_of(context), str(parameter.name), value)
 
 
+def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> Completions:
+    """Files, which the shell completes itself."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> Completions:
+    """Folders, which the shell completes itself."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 def _shared_options() -> list[click.Parameter]:
     return [
         click.Option(
@@ -67,6 +80,7 @@ def _shared_options() -> list[click.Parameter]:
             metavar="DIR",
             expose_value=False,
             callback=_set,
+            shell_complete=folders,
             help="The node's home. [BLYAN_HOME; default: ~/.blyan]",
         ),
         click.Option(
@@ -74,6 +88,7 @@ def _shared_options() -> list[click.Parameter]:
             metavar="SOCKET",
             expose_value=False,
             callback=_set,
+            shell_complete=files,
             help="The node's RPC socket. [BLYAN_RPC; default: rpc.sock in the home]",
         ),
         click.Option(
@@ -130,11 +145,6 @@ def _description(annotation: Any) -> str:
         if isinstance(item, msgspec.Meta) and item.description:
             return item.description
     return next((text for part in get_args(annotation) if (text := _description(part))), "")
-
-
-def model_option(method: str, required: bool = False) -> Callable[[Any], Any]:
-    """`--model N`, described by the table."""
-    return click.option("--model", metavar="N", required=required, help=describe(method, "model"))
 
 
 def absolute(path: str) -> str:

@@ -102,6 +102,8 @@ peers_max = 256
 strangers_max = 64  # connected peers that have not said hello; the first goes
 connections_per_peer_max = 3  # two that dial each other at once have two
 handshakes_max = 128  # connections that have not proved who they are; the oldest goes
+misfits_said_max = 1_000  # lines about peers that do not fit; who makes new ids fills no log
+turned_away_said_every_s = 60  # a reason to turn somebody away, at most so often in the log
 forget_every_s = 30  # what libp2p heard of peers that are gone
 ping_every_s = 2  # on a connection on which nothing comes
 pings_unanswered_max = 3  # after which the connection counts as dead
@@ -123,9 +125,14 @@ hearsay_dials_max = 4  # failed ones, after which such a peer is forgotten
 dials_at_once_max = 8
 hearsay_dials_at_once_max = 4
 hearsay_dials_per_teller_max = 2
+dials_unsaid_max = 2  # failed ones of a bootstrap peer, before the log says so
 redial_s = 1  # doubles with each failure
 redial_s_max = 30
 known_peer_s_max = 3_600  # a peer that was out of reach for so long is forgotten
+reach_addrs_max = 4  # that a peer is asked to dial
+reach_dial_s_max = 5
+reach_every_s = 5  # for one peer
+reach_askers_max = 4  # that are dialled at a time
 close_s_max = 2
 write_stall_s_max = 5  # a peer that takes no bytes for so long is disconnected
 channels_per_protocol_max = 2
@@ -218,8 +225,18 @@ generate_tokens_max = 65_536
 chat_messages_max = 4_096
 stop_strings_max = 16
 stop_string_chars_max = 256
+events_waiting_max = 256  # of one subscriber; beyond it events are left out, and counted
 temperature_max = 100
 repetition_penalty_max = 100
+
+# What the operator sees
+metrics_connections_max = 8  # the one that waits longest goes
+metrics_request_bytes_max = 8 * KIB
+metrics_request_s_max = 5
+metrics_send_s_max = 10
+log_burst_max = 50  # lines that are alike, at once
+log_lines_per_s_max = 1  # of those, later
+log_kinds_max = 1_000
 
 # Configuration
 node_config_bytes_max = 64 * KIB
@@ -255,5 +272,6 @@ assert strangers_max < peers_max
 assert mesh_peers_max <= hello_peers_max <= hearsay_per_peer_max
 assert hearsay_dials_per_teller_max < hearsay_dials_at_once_max < dials_at_once_max
 assert dial_s_max <= dial_peer_s_max
+assert reach_dial_s_max < request_s_max
 assert unread_bytes_per_peer_max >= channel_request_bytes_max
 assert message_bytes_max <= stream_window_bytes <= unread_bytes_per_peer_max

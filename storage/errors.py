@@ -70,6 +70,6 @@ class UnknownSchema(Refused):
             ErrorCode.NOT_ALLOWED,
             f"{path} cannot be opened",
             why,
-            "Use the version of blyan-node that wrote it, or another --home.",
+            "Use the version of blyan-node that wrote it, or another --home; nothing was changed.",
             {"path": path},
         )

@@ -1,7 +1,9 @@
 """The first row of every store: which layout it has, and the name of its log.
 
-A store of a version that this program does not know is refused before anything else is read. The
-log id is random: a peer that keeps a cursor into our log notices when the log is another one.
+A store of a version that this program does not know is refused before anything else is read. There
+has been one version so far, so that nothing is to be migrated; docs/upgrading.md says what a change
+of the layout has to bring. The log id is random: a peer that keeps a cursor into our log notices
+when the log is another one.
 """
 
 from typing import NamedTuple
@@ -30,10 +32,14 @@ def open_schema(engine: Engine, path: str, new_log_id: bytes) -> Schema:
         write_schema(engine, new_log_id)
         return Schema(SCHEMA_VERSION, new_log_id)
     version = int.from_bytes(raw[:4], "big")
-    if version != SCHEMA_VERSION or len(raw) != keys.SCHEMA_VALUE.size:
+    if version > SCHEMA_VERSION:
         raise UnknownSchema(
-            path, f"it has schema {version}, this program reads schema {SCHEMA_VERSION}"
+            path,
+            f"a newer blyan-node wrote it: it has schema {version}, this program reads schema "
+            f"{SCHEMA_VERSION}",
         )
+    if version != SCHEMA_VERSION or len(raw) != keys.SCHEMA_VALUE.size:
+        raise UnknownSchema(path, f"its first row says schema {version} and is none of ours")
     return Schema(*keys.SCHEMA_VALUE.unpack(raw))
 
 

@@ -93,6 +93,11 @@ class Store(Blocks):
         self._gate = threading.Condition()
         self._resources = contextlib.ExitStack()
 
+    @property
+    def quota_bytes(self) -> int | None:
+        """What the store may take; None: no bound."""
+        return self.chunks.quota_bytes
+
     def set_quota(self, quota_bytes: int | None) -> None:
         """From now on the chunks may take this much; nothing is removed for it at once."""
         self.chunks.quota_bytes = quota_bytes

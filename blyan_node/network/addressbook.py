@@ -13,6 +13,7 @@ from random import Random
 
 from protocols.ids import PeerId
 from protocols.limits import (
+    dials_unsaid_max,
     hearsay_dials_max,
     hearsay_per_peer_max,
     hello_addrs_max,
@@ -35,6 +36,8 @@ class Entry:
     worked: str | None = None  # the address that was dialled last with success
     failures: int = 0
     next_dial: float = 0.0
+    why: str | None = None  # why the last dial failed
+    said: str | None = None  # the reason that an operator was told last
     reachable_at: float = 0.0  # when it was connected, or when we first heard of it
     up: bool = False
 
@@ -70,6 +73,11 @@ class AddressBook:
         """Who told of `peer`; None if it is known better than by hearsay."""
         entry = self._entries.get(peer)
         return entry.teller if entry and entry.rank == 2 else None
+
+    def bootstrap(self) -> list[tuple[PeerId, str, str | None]]:
+        """Each address that a person gave, with its peer and why the last dial failed, if so."""
+        entries = self._entries.items()
+        return [(peer, addr, entry.why) for peer, entry in entries for addr in entry.given]
 
     def add_bootstrap(self, peer: PeerId, addr: str) -> None:
         """An address that a person gave: never forgotten."""
@@ -125,6 +133,7 @@ class AddressBook:
         if entry := self._entries.get(peer):
             entry.up = True
             entry.failures = 0
+            entry.why = entry.said = None
             entry.reachable_at = now
             entry.next_dial = now
 
@@ -140,9 +149,17 @@ class AddressBook:
             entry.reachable_at = now
             entry.next_dial = now + redial_s * self._random.uniform(0.2, 1.2)
 
-    def failed(self, peer: PeerId, now: float) -> None:
-        """A dial or its hello failed: wait twice as long as before, up to `redial_s_max`."""
+    def failed(self, peer: PeerId, now: float, why: str = "") -> bool:
+        """A dial or its hello failed: wait twice as long as before, up to `redial_s_max`.
+
+        True if it is a bootstrap peer and an operator should hear why: not of the first failures,
+        which are usual while several nodes start, and once of each reason.
+        """
+        news = False
         if entry := self._entries.get(peer):
+            entry.why = why
+            news = bool(entry.given) and entry.failures >= dials_unsaid_max and entry.said != why
+            entry.said = why if news else entry.said
             wait = min(redial_s * 2.0 ** min(entry.failures, 16), redial_s_max)
             entry.failures += 1
             entry.next_dial = now + wait * self._random.uniform(0.5, 1.5)
@@ -152,12 +169,14 @@ class AddressBook:
             out_of_reach = entry.rank == 1 and now - entry.reachable_at > known_peer_s_max
             if given_up or out_of_reach:
                 del self._entries[peer]
+        return news
 
-    def refused(self, peer: PeerId, now: float) -> None:
+    def refused(self, peer: PeerId, now: float, why: str = "") -> None:
         """It does not belong to us: try a bootstrap peer rarely, forget any other."""
         if (entry := self._entries.get(peer)) is None:
             return
         if entry.given:
+            entry.why = why
             entry.next_dial = now + 2 * redial_s_max
         else:
             del self._entries[peer]

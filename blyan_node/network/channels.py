@@ -13,6 +13,7 @@ import trio
 from libp2p.abc import INetStream
 
 from blyan_node.network.interface import Counters, Handler
+from blyan_node.network.traffic import Meters, Traffic
 from protocols.channel.answerer import Answerer, Asked
 from protocols.channel.asker import Answered, Asker
 from protocols.channel.refusal import CANCELLED
@@ -33,10 +34,12 @@ class StreamEnded(Exception):
 class _Wire:
     """What both ends share: the stream, waking the writer, closing once."""
 
-    def __init__(self, stream: INetStream, core: Asker | Answerer, counters: Counters) -> None:
+    def __init__(
+        self, stream: INetStream, core: Asker | Answerer, counters: Counters, meters: Meters
+    ) -> None:
         self._stream = stream
         self._core = core
-        self._counters = counters
+        self._counted: tuple[Counters | Traffic, ...] = (counters, *meters)
         self._more = trio.Event()
         self._left = trio.Event()
 
@@ -52,7 +55,8 @@ class _Wire:
             raise StreamEnded(_reason(error)) from None
         if not data:
             raise StreamEnded("closed")
-        self._counters.bytes_in += len(data)
+        for counted in self._counted:
+            counted.bytes_in += len(data)
         return data
 
     async def write_all(self) -> None:
@@ -64,7 +68,8 @@ class _Wire:
                     await self._stream.write(data)
                 except Exception as error:  # py-libp2p's errors share no base
                     raise StreamEnded(_reason(error)) from None
-                self._counters.bytes_out += len(data)
+                for counted in self._counted:
+                    counted.bytes_out += len(data)
                 self._left.set()
                 self._left = trio.Event()
             await self._more.wait()
@@ -92,9 +97,9 @@ class _Waiter:
 class AskingChannel:
     """The end that sends requests."""
 
-    def __init__(self, stream: INetStream, counters: Counters) -> None:
+    def __init__(self, stream: INetStream, counters: Counters, meters: Meters = ()) -> None:
         self._core = Asker()
-        self._wire = _Wire(stream, self._core, counters)
+        self._wire = _Wire(stream, self._core, counters, meters)
         self._waiters: dict[int, _Waiter] = {}
         self._room = trio.Event()
         self.ended: str | None = None
@@ -193,11 +198,13 @@ class AnsweringChannel:
         served: Served,
         room: trio.CapacityLimiter,
         blame: Callable[[PeerId, Exception], None],
+        meters: Meters = (),
     ) -> None:
         self._peer = peer
         self._core = Answerer(min(served.messages.bytes_max, message_bytes_max))
-        self._wire = _Wire(stream, self._core, counters)
+        self._wire = _Wire(stream, self._core, counters, meters)
         self._counters = counters
+        self._meters = meters
         self._served = served
         self._room = room
         self._blame = blame
@@ -232,6 +239,8 @@ class AnsweringChannel:
                     while self._core.unsent_bytes > channel_unsent_bytes_max:
                         await self._wire.some_left()
                     self._counters.requests_served += 1
+                    for traffic in self._meters:
+                        traffic.requests_in += 1
                     message = self._served.messages.decode(asked.data)
                     reply = await self._served.handler(self._peer, message)
                     self._core.reply(asked.request, self._served.messages.encode(reply))

@@ -10,6 +10,7 @@ from multiaddr import Multiaddr
 from blyan_node.network.addressbook import AddressBook
 from blyan_node.network.host import GuardedSwarm
 from blyan_node.network.names import resolved
+from blyan_node.network.reasons import reason
 from protocols.ids import PeerId
 from protocols.limits import (
     dial_peer_s_max,
@@ -54,7 +55,7 @@ class Dialer:
                 busy = {*self._connected(), *self._dialling}
                 for peer in self._book.due(now, busy):
                     if not self._admits(peer):
-                        self._book.refused(peer, now)
+                        self._book.refused(peer, now, "this node does not want it")
                     elif self._may_dial(peer):
                         self._dialling[peer] = self._book.teller(peer)
                         nursery.start_soon(self._dial_due, peer)
@@ -99,11 +100,12 @@ class Dialer:
             except trio.TooSlowError:
                 why = f"{addr}: no answer in time"
             except Exception as error:  # py-libp2p's errors share no base
-                why = f"{addr}: {error}"
+                why = f"{addr}: {reason(error)}"
             else:
                 self._book.worked(peer, addr)
                 return None
-        self._book.failed(peer, trio.current_time())
+        if self._book.failed(peer, trio.current_time(), why):
+            log.warning("bootstrap node %s is not reached: %s", peer, why, extra={"peer": peer})
         return why
 
     async def _dial_first(self, addrs: list[str], peer: ID) -> None:

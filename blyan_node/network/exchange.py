@@ -14,7 +14,8 @@ from blyan_node.network.channels import AnsweringChannel, AskingChannel, Served,
 from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.host import GuardedHost
 from blyan_node.network.interface import Counters, Handler
-from protocols.errors import ErrorCode, LocalProtocolError, Refused
+from blyan_node.network.traffic import Ledger
+from protocols.errors import ErrorCode, LocalProtocolError, Refused, RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.limits import channel_open_s_max, channels_per_protocol_max, handlers_per_peer_max
 from protocols.wire import Messages
@@ -47,6 +48,7 @@ class Exchange:
     """All channels of one node."""
 
     def __init__(self, host: GuardedHost, counters: Counters, gate: Gate, blame: Blame) -> None:
+        self.ledger = Ledger()
         self._host = host
         self._counters = counters
         self._gate = gate
@@ -62,6 +64,7 @@ class Exchange:
         if protocol in self._served or self._nursery is not None:
             raise LocalProtocolError(f"{protocol} is handled already, or too late")
         self._served[protocol] = Served(messages, handler)
+        self.ledger.protocol(protocol)
 
     def serve(self, nursery: trio.Nursery) -> None:
         """From now on streams are accepted; their tasks run in `nursery`."""
@@ -75,17 +78,25 @@ class Exchange:
         """See `PeerNetwork.request`."""
         data = messages.encode(message)
         self._counters.requests_sent += 1
+        traffic = self.ledger.protocol(protocol)
+        traffic.requests_out += 1
         try:
             with trio.fail_after(timeout_s):
                 channel = await self._channel(peer, protocol)
                 reply = await channel.ask(data)
+            return messages.decode(reply)
         except trio.TooSlowError:
+            traffic.failures["timeout"] += 1
             raise RequestTimeout(peer, protocol, timeout_s) from None
         except StreamEnded as ended:
+            traffic.failures["gone"] += 1
             raise PeerGone(peer, str(ended)) from None
         except Refused as refused:
+            traffic.failures["refused"] += 1
             raise PeerRefused(peer, refused) from None
-        return messages.decode(reply)
+        except RemoteProtocolError:
+            traffic.failures["malformed"] += 1
+            raise
 
     def messages(self, protocol: str) -> Messages:
         """The codec of a protocol that is handled here; asking and answering share it."""
@@ -97,6 +108,7 @@ class Exchange:
         """The last connection to `peer` is gone: fails what was asked of it, at once."""
         for key in [key for key in self._asking if key[0] == peer]:
             self._asking.pop(key).fail("the connection ended")
+        self.ledger.left(peer)
 
     async def _channel(self, peer: PeerId, protocol: str) -> AskingChannel:
         key = (peer, protocol)
@@ -118,7 +130,8 @@ class Exchange:
     async def _open_and_run(self, key: tuple[PeerId, str], opening: _Opening) -> None:
         """In a task of its own: an opening that is cancelled half-way would leak its stream."""
         try:
-            channel = AskingChannel(await self._open(*key), self._counters)
+            stream = await self._open(*key)
+            channel = AskingChannel(stream, self._counters, self.ledger.meters(*key))
         except StreamEnded as ended:
             opening.outcome = str(ended)
             return
@@ -159,7 +172,13 @@ class Exchange:
             return
         beside = self._answering.setdefault((peer, protocol), _Answering())
         channel = AnsweringChannel(
-            peer, stream, self._counters, self._served[protocol], beside.room, self._blame
+            peer,
+            stream,
+            self._counters,
+            self._served[protocol],
+            beside.room,
+            self._blame,
+            self.ledger.meters(peer, protocol),
         )
         beside.channels.append(channel)
         ended = trio.Event()

@@ -35,6 +35,7 @@ class Gossip:
         network: NetworkId,
         counters: Counters,
         blame: Callable[[PeerId, Exception], None],
+        allows: Callable[[PeerId], bool],
     ) -> None:
         self._counters = counters
         self._names: dict[Topic, str] = {
@@ -57,6 +58,7 @@ class Gossip:
         self._pubsub.deliver = self._deliver
         self._pubsub.blame = blame
         self._pubsub.controls = Pace()
+        self._pubsub.allows = allows
 
     def subscribe(
         self, topic: Topic, validate: Validator, capacity: int

@@ -18,7 +18,7 @@ from blyan_node.network.addresses import dialable_ones
 from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.interface import NetworkConfig, Peer, PeerNetwork
 from blyan_node.network.peers import PeerTable
-from protocols.errors import RemoteProtocolError
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.hello import (
     MESSAGES,
     PROTOCOL,
@@ -30,7 +30,13 @@ from protocols.hello import (
     judge,
 )
 from protocols.ids import PeerId
-from protocols.limits import hello_every_s, hello_s_max, silence_s_max, still_every_s
+from protocols.limits import (
+    hello_every_s,
+    hello_s_max,
+    misfits_said_max,
+    silence_s_max,
+    still_every_s,
+)
 
 log = logging.getLogger("blyan.network")
 
@@ -41,11 +47,12 @@ __all__ = ["MESSAGES", "PROTOCOL", "Greeted", "Greeting"]
 
 @dataclass(frozen=True)
 class Greeted:
-    """What greeting tells the network, and asks it: whether a peer is (still) connected."""
+    """What greeting tells the network, and asks it: whether a peer is connected, and allowed."""
 
     connected: Callable[[PeerId], bool]
+    allowed: Callable[[PeerId], bool]
     passed: Callable[[Peer], None]
-    misfit: Callable[[PeerId], None]
+    misfit: Callable[[PeerId, str], None]
     learnt: Callable[[], None]
 
 
@@ -87,6 +94,10 @@ class Greeting:
     async def answer(self, peer: PeerId, message: Hello | Still) -> Hello | Still:
         """The listener's side."""
         if isinstance(message, Hello):
+            if not self.greeted.allowed(peer):
+                self.say_once(peer, "wants to take part and is not among allowed_peers")
+                self.greeted.misfit(peer, "not among allowed_peers")
+                raise _not_allowed(peer)
             ours = self.ours()  # before we know the peer: it need not be told of itself
             if not self._table.greeted(peer, since=trio.current_time() - _PAUSE_S_MIN / 2):
                 self._take(peer, message)
@@ -111,11 +122,8 @@ class Greeting:
             return False
         why = judge(self.ours(), hello)
         if why is not None:
-            if (peer, why) not in self._said:  # once; the redials that follow say nothing new
-                log.warning("peer %s %s", peer, why, extra={"peer": peer})
-                if len(self._said) < 1000:
-                    self._said.add((peer, why))
-            self.greeted.misfit(peer)
+            self.say_once(peer, why)
+            self.greeted.misfit(peer, f"it {why}")
             return False
         now = trio.current_time()
         self._book.learn(peer, dialable_ones(hello.addrs), now)
@@ -126,6 +134,13 @@ class Greeting:
             self.greeted.passed(new)
         self.greeted.learnt()
         return True
+
+    def say_once(self, peer: PeerId, why: str) -> None:
+        """Says why `peer` and we do not come together; the redials that follow are not news."""
+        if (peer, why) in self._said or len(self._said) >= misfits_said_max:
+            return
+        self._said.add((peer, why))
+        log.warning("peer %s %s", peer, why, extra={"peer": peer})
 
     async def keep(self, peer: PeerId) -> None:
         """The dialler's side, until the peer is gone."""
@@ -171,3 +186,13 @@ class Greeting:
     def silent(self) -> list[PeerId]:
         """The peers that have given no sign of life for too long."""
         return self._table.silent(trio.current_time(), silence_s_max)
+
+
+def _not_allowed(peer: PeerId) -> Refused:
+    """What somebody is told who is not among the network's peers."""
+    return Refused(
+        ErrorCode.NOT_ALLOWED,
+        "this network lets in only the peers that it knows",
+        f"{peer} is not among its allowed_peers",
+        "ask its operators to add this id, which `blyan-node id` shows",
+    )

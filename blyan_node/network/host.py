@@ -27,16 +27,21 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
-from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
+from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError, MultiselectError
+from libp2p.protocol_muxer.multiselect import Multiselect
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.transport.tcp.tcp import TCP
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from blyan_node.network.doorkeeper import Doorkeeper
 from blyan_node.network.muxer import GuardedMuxer, GuardedYamux
+from blyan_node.network.private import DoorUpgrader
+from blyan_node.network.reasons import not_ours
+from protocols.hello import PROTOCOL as HELLO
 from protocols.ids import PeerId
 from protocols.limits import (
     connections_per_peer_max,
@@ -78,12 +83,16 @@ class HostEvents(Protocol):
     def admits(self, peer: PeerId) -> bool:
         """Whether a connection with `peer` is wanted at all."""
 
+    def allows(self, peer: PeerId) -> bool:
+        """Whether `peer` may speak more than hello, by which it is told that it may not."""
+
 
 class GuardedSwarm(Swarm):
     """A swarm that no peer can stop, wear out or wedge."""
 
     events: HostEvents
     handshakes: dict[trio.CancelScope, None]  # of those that dialled us, the oldest first
+    doorkeeper: Doorkeeper
 
     def set_stream_handler(self, stream_handler: StreamHandlerFn) -> None:
         """Wraps the one handler behind which all protocols are."""
@@ -140,6 +149,9 @@ class GuardedSwarm(Swarm):
                 muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
         except Exception as error:  # garbage in a handshake; py-libp2p's errors share no base
             log.debug("inbound connection failed: %r", error)
+            if (stranger := not_ours(error)) is not None:
+                host, _ = raw.get_remote_address() or ("an address that is gone", 0)
+                self.doorkeeper.turn_away(host, str(stranger), trio.current_time())
         finally:
             del self.handshakes[handshake]
             if muxed is None:
@@ -193,6 +205,26 @@ class NoAutoConnector(AutoConnector):
 class GuardedHost(BasicHost):
     """Identify runs in trio's system tasks, where an exception would end the process."""
 
+    async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
+        """Whoever is not among a network's peers is answered on hello, and on nothing else."""
+        swarm = self._network
+        assert isinstance(swarm, GuardedSwarm)
+        if swarm.events.allows(PeerId(str(net_stream.muxed_conn.peer_id))):
+            await super()._swarm_stream_handler(net_stream)
+            return
+        hello = TProtocol(HELLO)
+        handler = self.multiselect.handlers[hello]
+        assert handler is not None
+        try:
+            await Multiselect({hello: handler}).negotiate(
+                MultiselectCommunicator(net_stream), hello_s_max
+            )
+        except MultiselectError:
+            await net_stream.reset()
+            return
+        net_stream.set_protocol(hello)
+        await handler(net_stream)
+
     async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
         try:
             await super()._identify_peer(peer_id, reason=reason)
@@ -201,17 +233,21 @@ class GuardedHost(BasicHost):
 
 
 def build_host(
-    identity: Identity, events: HostEvents, announced: Callable[[Sequence[str]], list[str]]
+    identity: Identity,
+    events: HostEvents,
+    announced: Callable[[Sequence[str]], list[str]],
+    psk: bytes | None = None,
 ) -> GuardedHost:
     """A host that does not run yet; `announced` says which addresses to tell.
 
-    Noise alone: the default would accept plaintext too.
+    Noise alone: the default would accept plaintext too. `psk` is the key of a private swarm.
     """
     private = Ed25519PrivateKey.from_bytes(identity.seed)
     keys = KeyPair(private, private.get_public_key())
     peer = ID.from_pubkey(keys.public_key)
     noise = NoiseTransport(keys, noise_privkey=create_noise_key().private_key)
-    upgrader = TransportUpgrader({NOISE: noise}, {TProtocol(YAMUX): GuardedYamux})
+    upgrader = DoorUpgrader({NOISE: noise}, {TProtocol(YAMUX): GuardedYamux})
+    upgrader.key = psk
     upgrader.muxer_multistream = GuardedMuxer({TProtocol(YAMUX): GuardedYamux}, hello_s_max)
     peerstore = PeerStore()
     peerstore.add_key_pair(peer, keys)
@@ -234,6 +270,7 @@ def build_host(
     )
     swarm.events = events
     swarm.handshakes = {}
+    swarm.doorkeeper = Doorkeeper(logging.WARNING if psk else logging.INFO)
     swarm.auto_connector = NoAutoConnector(swarm)
     return GuardedHost(
         swarm,

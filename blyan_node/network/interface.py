@@ -25,7 +25,8 @@ class NetworkConfig:
     """What a node listens on, tells others and starts from.
 
     Addresses are multiaddrs; `bootstrap` ones end in `/p2p/ID`. `announce` replaces what the
-    interfaces say. `seed` feeds the jitter of redials and nothing else.
+    interfaces say. `psk` is the key of a private swarm, `allowed_peers` are those who may take part
+    (None: everybody). `seed` feeds the jitter of redials and nothing else.
     """
 
     network_id: NetworkId
@@ -36,6 +37,8 @@ class NetworkConfig:
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/4040",)
     announce: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
+    psk: bytes | None = None
+    allowed_peers: frozenset[PeerId] | None = None
     seed: int = 0
 
 

@@ -31,6 +31,8 @@ from protocols.limits import hello_s_max, peer_events_max, strangers_max
 
 log = logging.getLogger("blyan.network")
 
+NOT_ALLOWED = "it is not among the peers that this node lets in (allowed_peers)"
+
 
 @dataclass(frozen=True)
 class Around:
@@ -47,6 +49,7 @@ class Membership:
     """Keeps `table`; is what the host tells of connections (`HostEvents`)."""
 
     around: Around
+    allowed: frozenset[PeerId] | None = None  # who may take part; None: everybody
 
     def __init__(self, own: PeerId, counters: Counters, book: AddressBook) -> None:
         self.table = PeerTable()
@@ -62,7 +65,9 @@ class Membership:
 
     def greeted(self) -> Greeted:
         """What greeting is to tell us."""
-        return Greeted(self.is_connected, self._passed, self._misfit, self._wake_dialer)
+        return Greeted(
+            self.is_connected, self.allows, self._passed, self._misfit, self._wake_dialer
+        )
 
     def serve(self, nursery: trio.Nursery) -> None:
         """From now on newcomers are greeted; tasks run in `nursery`."""
@@ -136,6 +141,23 @@ class Membership:
         """Whether we want a connection with `peer`."""
         return peer != self._own and not self._scores.banned(peer, trio.current_time())
 
+    def allows(self, peer: PeerId) -> bool:
+        """Whether `peer` may take part in the network."""
+        return self.allowed is None or peer in self.allowed
+
+    def wants(self, peer: PeerId) -> bool:
+        """Whether to dial `peer`."""
+        return self.admits(peer) and self.allows(peer)
+
+    def allow(self, peers: frozenset[PeerId] | None) -> None:
+        """Lets in only these from now on, and disconnects the others."""
+        self.allowed = peers
+        for peer in self.connections():
+            if not self.allows(peer):
+                log.warning("peer %s: %s", peer, NOT_ALLOWED, extra={"peer": peer})
+                self._disconnect_soon(peer)
+        self._wake_dialer()
+
     def connected(self, peer: PeerId, *, dialled: bool) -> None:
         """A connection is up: the dialler says hello."""
         if peer not in self.table:
@@ -173,18 +195,19 @@ class Membership:
         try:
             await greeting.begin(peer)
         except PeerRefused as refused:
-            self._book.refused(peer, trio.current_time())
+            self._book.refused(peer, trio.current_time(), str(refused.refused)[:300])
             if refused.refused.code is not ErrorCode.NOT_FOUND:
+                greeting.say_once(peer, f"refuses us: {refused.refused}"[:300])
                 self._disconnect_soon(peer)
             return  # other software: it may stay for identify, ping, the DHT and pubsub
         except (PeerGone, RequestTimeout) as error:
             log.info("hello with %s failed: %s", peer, error, extra={"peer": peer})
-            self._book.failed(peer, trio.current_time())
+            self._book.failed(peer, trio.current_time(), f"hello failed: {error}")
             self._disconnect_soon(peer)
             return
         except RemoteProtocolError as error:
             self.penalise(peer, error)
-            self._book.failed(peer, trio.current_time())
+            self._book.failed(peer, trio.current_time(), f"hello failed: {error}"[:300])
             self._disconnect_soon(peer)
             return
         if peer in self.table and peer not in self._keeping:
@@ -204,8 +227,8 @@ class Membership:
             addrs = [addr.rpartition("/p2p/")[0] for addr in peer.addrs]
             self._nursery.start_soon(self.around.providers.met, peer.peer_id, addrs)
 
-    def _misfit(self, peer: PeerId) -> None:
-        self._book.refused(peer, trio.current_time())
+    def _misfit(self, peer: PeerId, why: str) -> None:
+        self._book.refused(peer, trio.current_time(), why)
         self._disconnect_soon(peer, after_s=1)
 
     async def _drop_silent(self) -> None:

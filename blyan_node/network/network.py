@@ -32,9 +32,11 @@ from blyan_node.network.interface import (
     Validator,
 )
 from blyan_node.network.listening import cannot_listen, check_free
-from blyan_node.network.membership import Around, Membership, close_quietly
+from blyan_node.network.membership import NOT_ALLOWED, Around, Membership, close_quietly
 from blyan_node.network.providers import Providers
 from blyan_node.network.quiet import quiet_libp2p
+from blyan_node.network.reach import Reach
+from blyan_node.network.traffic import Ledger
 from protocols.hello import HelloSummary
 from protocols.ids import PeerId
 from protocols.limits import close_s_max, forget_every_s, hello_s_max, request_s_max
@@ -60,19 +62,23 @@ class Network:
         self._book = AddressBook(self.peer_id, Random(config.seed))
         self._know(config.bootstrap)
         self._members = members = Membership(self.peer_id, self.counters, self._book)
-        self._host = build_host(identity, members, Announced(config.announce))
+        members.allowed = config.allowed_peers
+        self._host = build_host(identity, members, Announced(config.announce), config.psk)
         swarm = self._host.get_network()
         assert isinstance(swarm, GuardedSwarm)
         self._swarm = swarm
         self._exchange = Exchange(self._host, self.counters, members.may_ask, members.penalise)
-        self._gossip = Gossip(self._host, config.network_id, self.counters, members.penalise)
+        self._gossip = Gossip(
+            self._host, config.network_id, self.counters, members.penalise, members.allows
+        )
         self._providers = Providers(self._host)
-        self._dialer = Dialer(swarm, self._book, members.connections, members.admits)
+        self._dialer = Dialer(swarm, self._book, members.connections, members.wants)
         self._greeting = Greeting(self, config, hello_summary, members.table, self._book)
         self._greeting.greeted = members.greeted()
         members.around = Around(
             swarm, self._exchange, self._dialer, self._greeting, self._providers
         )
+        self.reach = Reach(self, swarm)
         self.handle(greeting.PROTOCOL, greeting.MESSAGES, self._greeting.answer)
 
     # What services use
@@ -83,6 +89,11 @@ class Network:
         return self._members.table
 
     @property
+    def ledger(self) -> Ledger:
+        """What passed on the streams of each of our protocols."""
+        return self._exchange.ledger
+
+    @property
     def addrs(self) -> list[str]:
         """Where others can reach us."""
         return [str(addr) for addr in self._host.get_addrs()]
@@ -91,6 +102,34 @@ class Network:
         """Knows and dials these nodes from now on; raises `RemoteProtocolError` for a bad one."""
         self._know(addresses)
         self._dialer.wake()
+
+    def bootstrap(self) -> list[tuple[PeerId, str, str | None]]:
+        """Each bootstrap address, with its peer and why the last dial failed, if it did."""
+        return self._book.bootstrap()
+
+    async def try_bootstrap(self) -> None:
+        """Dials the bootstrap nodes that are not peers, whatever their backoff; waits for hello."""
+        async with trio.open_nursery() as nursery:
+            for peer in {peer for peer, _, _ in self._book.bootstrap()} - set(self.peers):
+                if self._members.wants(peer):
+                    nursery.start_soon(self._dial_and_greet, peer)
+
+    async def _dial_and_greet(self, peer: PeerId) -> str | None:
+        """Dials and waits for hello; why the dial failed."""
+        why = await self._dialer.dial(peer)
+        with trio.move_on_after(hello_s_max):
+            while peer not in self.peers and self._members.is_connected(peer):
+                await self._members.changed.wait()
+        return why
+
+    @property
+    def turned_away(self) -> int:
+        """How many connections did not begin as ours do, since the start."""
+        return self._swarm.doorkeeper.turned_away
+
+    def set_allowed(self, peers: frozenset[PeerId] | None) -> None:
+        """From now on only these take part (None: everybody); others are disconnected."""
+        self._members.allow(peers)
 
     def _know(self, bootstrap: Iterable[str]) -> None:
         for text in bootstrap:
@@ -151,13 +190,12 @@ class Network:
         bare, peer = split_peer(addr)
         self._book.learn(peer, [bare], trio.current_time())
         self._book.worked(peer, bare)
+        if not self._members.allows(peer):
+            raise PeerGone(peer, NOT_ALLOWED)
         if peer not in self.peers:
-            why = await self._dialer.dial(peer)
+            why = await self._dial_and_greet(peer)
             if why is not None and not self._members.is_connected(peer):
                 raise PeerGone(peer, why)
-        with trio.move_on_after(hello_s_max):
-            while peer not in self.peers and self._members.is_connected(peer):
-                await self._members.changed.wait()
         if peer not in self.peers:
             raise PeerGone(peer, "hello failed; the log says why")
         return peer

@@ -102,6 +102,7 @@ class GuardedPubsub(Pubsub):
     deliver: Deliver
     blame: Callable[[PeerId, Exception], None]
     controls: Pace
+    allows: Callable[[PeerId], bool]
 
     async def stream_handler(self, stream: INetStream) -> None:
         """Reads one peer's messages until its stream ends or makes no sense."""
@@ -161,6 +162,8 @@ class GuardedPubsub(Pubsub):
         return bool(self._is_msg_seen(msg))
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
+        if not self.allows(PeerId(str(peer_id))):
+            return
         await super()._handle_new_peer(peer_id)
         queue = self.peer_queues.get(peer_id)
         if queue is not None:  # an empty queue is false

@@ -12,6 +12,7 @@ import trio
 from blyan_node.rpc.context import Context
 from blyan_node.rpc.outbox import ClientGone, Outbox
 from blyan_node.rpc.refusals import refusal_of
+from blyan_node.rpc.tally import Tally
 from protocols import limits
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.rpc import codec
@@ -38,9 +39,12 @@ def _nothing() -> None:
 class Connection:
     """Serves one client until it leaves; whatever it sends, nothing escapes `serve`."""
 
-    def __init__(self, stream: trio.SocketStream, handlers: Mapping[str, Bound]) -> None:
+    def __init__(
+        self, stream: trio.SocketStream, handlers: Mapping[str, Bound], tally: Tally
+    ) -> None:
         self._stream = stream
         self._handlers = handlers
+        self._tally = tally
         self._outbox = Outbox(stream)
         self._running: dict[object, Context] = {}  # by id; notifications have none
         self._tasks = 0
@@ -49,6 +53,10 @@ class Connection:
     def put(self, line: bytes) -> None:
         """Sends a line when the client takes it."""
         self._outbox.put(line)
+
+    async def wait_not_full(self) -> None:
+        """Waits while much is on its way that the client has not taken."""
+        await self._outbox.wait_not_full()
 
     def cancel(self, request_id: RequestId) -> bool:
         """Ends a request of this client early; False if there is no such request."""
@@ -95,7 +103,7 @@ class Connection:
 
     def _refuse_line(self, why: str) -> None:
         refused = Refused(ErrorCode.PARSE, "this line cannot be read", why)
-        self.put(codec.error(None, refused))
+        self.put(self._error(None, refused))
 
     async def _take(self, line: bytes, requests: trio.Nursery) -> None:
         try:
@@ -146,10 +154,10 @@ class Connection:
     async def _answer(self, call: Call | Invalid) -> _Answered:
         """The reply to one call (None for a notification), and what to do once it is on its way."""
         if isinstance(call, Invalid):
-            return codec.error(call.id, call.refusal()), _nothing
+            return self._error(call.id, call.refusal()), _nothing
         refused = self._refusal_before(call)
         if refused is not None:
-            return codec.error(call.id, refused) if call.wants_reply else None, _nothing
+            return self._error(call.id, refused) if call.wants_reply else None, _nothing
         context = Context(call.id, self)
         reply = await self._run(call, context)
         return reply if call.wants_reply else None, context.replied
@@ -171,18 +179,25 @@ class Connection:
     async def _run(self, call: Call, context: Context) -> bytes:
         key = object() if call.id is None else call.id
         self._running[key] = context
+        self._tally.asked(call.method)
+        self._tally.in_flight += 1
         try:
             with context.scope:
                 return codec.result(call.id, await self._handle(call, context))
-            return codec.error(call.id, CANCELLED)
+            return self._error(call.id, CANCELLED)
         except trio.Cancelled:
             if call.wants_reply:  # the whole node stops: its clients are told
-                self.put(codec.error(call.id, STOPPING))
+                self.put(self._error(call.id, STOPPING))
             raise
         except Exception as error:  # a bug in one request must not end the node for all others
-            return codec.error(call.id, refusal_of(error, call.method))
+            return self._error(call.id, refusal_of(error, call.method))
         finally:
             del self._running[key]
+            self._tally.in_flight -= 1
+
+    def _error(self, request_id: RequestId | None, refused: Refused) -> bytes:
+        self._tally.refused(refused)
+        return codec.error(request_id, refused)
 
     async def _handle(self, call: Call, context: Context) -> object:
         handler = self._handlers.get(call.method)

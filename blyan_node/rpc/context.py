@@ -23,6 +23,9 @@ class Client(Protocol):
     def put(self, line: bytes) -> None:
         """Sends a line when the client takes it."""
 
+    async def wait_not_full(self) -> None:
+        """Waits while much is on its way that the client has not taken."""
+
     def cancel(self, request_id: RequestId) -> bool:
         """Ends a request of this client early; False if there is no such request."""
 
@@ -42,6 +45,10 @@ class Context:
         """Sends one message of a stream; the kind of `params` says which stream."""
         stream: Stream = _STREAM_OF[type(params)]
         self.client.put(codec.notification(stream.name, self.request_id, params))
+
+    async def room(self) -> None:
+        """Waits until the client reads what it is sent; at once, as a rule."""
+        await self.client.wait_not_full()
 
     def progress(self, done: int, total: int | None, what: str, unit: str = "bytes") -> None:
         """Tells how far the request is: seldom enough to cost nothing, and always at the end."""

@@ -5,7 +5,19 @@ from functools import partial
 from typing import Any
 
 from blyan_node.parts import App
-from blyan_node.rpc import calls, chain, events, expert, generate, model, node, publish
+from blyan_node.rpc import (
+    calls,
+    chain,
+    config,
+    doctor,
+    events,
+    expert,
+    generate,
+    metrics,
+    model,
+    node,
+    publish,
+)
 from blyan_node.rpc.connection import Bound
 from blyan_node.rpc.context import Context
 
@@ -16,6 +28,8 @@ HANDLERS: Mapping[str, Handler] = {
     "node.id": node.show_id,
     "node.peers": node.peers,
     "node.stop": node.stop,
+    "node.config": config.show,
+    "node.doctor": doctor.run,
     "network.show": node.network,
     "model.publish": publish.publish,
     "model.dry_run": publish.dry_run,
@@ -40,6 +54,7 @@ HANDLERS: Mapping[str, Handler] = {
     "chain.graph": chain.graph,
     "block.show": chain.show_block,
     "events.subscribe": events.subscribe,
+    "metrics.read": metrics.read,
     "rpc.discover": calls.discover,
     "rpc.cancel": calls.cancel,
 }

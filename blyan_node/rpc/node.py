@@ -1,6 +1,8 @@
 """`node.*` and `network.*`."""
 
+from blyan_node.network.traffic import Traffic
 from blyan_node.parts import App
+from blyan_node.release import COMMIT
 from blyan_node.rpc.context import Context
 from blyan_node.services.holding import Reason
 from protocols.ids import cid_text
@@ -15,6 +17,7 @@ async def status(app: App, request: node.StatusRequest, context: Context) -> nod
         role=app.config.role,
         network=cid_text(app.config.genesis.id),
         version=app.version,
+        commit=COMMIT,
         addrs=list(app.network.addrs),
         peers=len(app.network.peers),
         blocks=stats.accepted,
@@ -39,16 +42,21 @@ async def show_id(app: App, request: node.IdRequest, context: Context) -> node.I
 
 async def peers(app: App, request: node.PeersRequest, context: Context) -> node.PeersResult:
     """The nodes that it is connected to."""
-    found = [
-        node.PeerInfo(
-            peer_id=peer.peer_id,
-            addrs=list(peer.addrs),
-            role=peer.role,
-            rtt_ms=peer.rtt_ms,
-            since=peer.since,
+    traffic = app.network.ledger.peers
+    found = []
+    for _, peer in sorted(app.network.peers.items()):
+        passed = traffic.get(peer.peer_id, Traffic())
+        found.append(
+            node.PeerInfo(
+                peer_id=peer.peer_id,
+                addrs=list(peer.addrs),
+                role=peer.role,
+                rtt_ms=peer.rtt_ms,
+                since=peer.since,
+                bytes_in=passed.bytes_in,
+                bytes_out=passed.bytes_out,
+            )
         )
-        for _, peer in sorted(app.network.peers.items())
-    ]
     return node.PeersResult(peers=found)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from blyan_node.rpc.connection import Bound, Connection, same_user
+from blyan_node.rpc.tally import Tally
 from protocols import limits
 from protocols.errors import ErrorCode, LocalProtocolError, Refused
 from protocols.rpc import codec
@@ -24,13 +25,15 @@ BACKLOG = 512
 class RpcServer:
     """Listens on `path` and answers with `handlers`, one for every method of the table."""
 
-    def __init__(self, path: Path, handlers: Mapping[str, Bound]) -> None:
+    def __init__(
+        self, path: Path, handlers: Mapping[str, Bound], tally: Tally | None = None
+    ) -> None:
         if handlers.keys() != METHODS.keys():
             wrong = sorted(handlers.keys() ^ METHODS.keys())
             raise LocalProtocolError(f"handlers and table differ: {', '.join(wrong)}")
         self.path = path
         self._handlers = handlers
-        self._connections = 0
+        self._tally = Tally() if tally is None else tally
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled; requests that still run are then told that the node stops."""
@@ -51,14 +54,14 @@ class RpcServer:
             log.warning("an RPC client of another user was turned away")
             await trio.aclose_forcefully(stream)
             return
-        if self._connections >= limits.rpc_connections_max:
+        if self._tally.connections >= limits.rpc_connections_max:
             await _turn_away(stream)
             return
-        self._connections += 1
+        self._tally.connections += 1
         try:
-            await Connection(stream, self._handlers).serve()
+            await Connection(stream, self._handlers, self._tally).serve()
         finally:
-            self._connections -= 1
+            self._tally.connections -= 1
 
 
 async def _turn_away(stream: trio.SocketStream) -> None:

@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 
+from blyan_node.services.spread import Spread
 from protocols.ids import BlockId, PeerId, cid_text, expert_subject
 from protocols.rpc.generate import GenerateStats, Trace, TraceEntry
 
 
 @dataclass
 class Account:
-    """The running totals of one request. Times are in s of trio's clock."""
+    """The running totals of one request. Times are in s of trio's clock.
+
+    `outcome` is how it ended; waits for tokens are counted in `first_token` and `token_gap`.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -21,6 +25,9 @@ class Account:
     first_at: float | None = None
     last_at: float = 0.0
     max_gap_s: float = 0.0
+    outcome: str = "forward"
+    first_token: Spread | None = None
+    token_gap: Spread | None = None
     _rows: dict[tuple[int, int], tuple[BlockId, dict[PeerId, int]]] = field(default_factory=dict)
 
     def computed(self, layer: int, expert: int, block: BlockId, peer: PeerId, rows: int) -> None:
@@ -33,8 +40,12 @@ class Account:
         self.new_tokens += 1
         if self.first_at is None:
             self.first_at = now
+            spread, waited = self.first_token, now - self.began_at
         else:
-            self.max_gap_s = max(self.max_gap_s, now - self.last_at)
+            spread, waited = self.token_gap, now - self.last_at
+            self.max_gap_s = max(self.max_gap_s, waited)
+        if spread is not None:
+            spread.observe(waited)
         self.last_at = now
 
     def trace(self) -> Trace:

@@ -24,6 +24,7 @@ from blyan_node.services.session import Choices, Session
 from blyan_node.services.supply import Progress, silent
 from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
+from blyan_node.services.work import Work
 from blyan_node.services.writer import Emit, Finish, Writer
 from protocols import limits
 from protocols.dag.header import Block
@@ -78,7 +79,12 @@ class Generation:
         self._trunks = trunks
         self._layers = layers
         self._compute = compute
-        self.running = 0
+        self.work = Work()
+
+    @property
+    def running(self) -> int:
+        """How many requests are being answered."""
+        return self.work.running
 
     async def generate(
         self,
@@ -105,7 +111,7 @@ class Generation:
             decode = partial(self._decode, asked, answer, writer)
             async with answer.session.room(len(prompt) + request.max_tokens):
                 on_begin()
-                finish = await _until(cancelled, decode)
+                finish = answer.account.outcome = await _until(cancelled, decode)
             return GenerateResult(
                 token_ids=writer.ids,
                 text=await writer.end(),
@@ -143,15 +149,14 @@ class Generation:
     ) -> AsyncIterator[_Answer]:
         """A session at the model's current root, or at the one that is named."""
         if self.running >= limits.generations_max:
+            self.work.outcomes["refused"] += 1
             raise Refused(
                 ErrorCode.BUSY,
                 "this node answers no further request now",
                 f"{self.running} requests are running",
                 "Try again later, or ask another main node.",
             )
-        self.running += 1
-        try:
-            account = Account(began_at=trio.current_time())
+        with self.work.answer() as account:
             model, root, heads = self._at(name, root_name)
             account.fetched_bytes = await self._models.fetch(model, progress)
             description = await self._models.describe(model, progress)
@@ -159,8 +164,6 @@ class Generation:
                 account.fetched_bytes += fetched
                 session = Session(model, heads, trunk, self._layers, self._compute, account)
                 yield _Answer(description, root, session, account)
-        finally:
-            self.running -= 1
 
     def _at(
         self, name: str, root_name: str | None

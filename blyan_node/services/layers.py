@@ -19,6 +19,7 @@ from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows, apply_expert, finite_rows
 from blyan_node.services.directory import Adverts
 from blyan_node.services.holding import Holding, NoRoom
+from blyan_node.services.spread import Spread
 from protocols import limits
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.experts.routing import Links
@@ -36,6 +37,7 @@ from protocols.forward.messages import (
     check_reply,
 )
 from protocols.ids import PeerId, cid_text, expert_subject
+from protocols.metrics import BEHIND, LAYER_LABELS_MAX
 from protocols.ready import Ready
 
 
@@ -81,13 +83,19 @@ class Layers:
         self.holding = holding
         self.limiter = compute
         self.links = Links()
+        self.latency: dict[str, Spread] = {}  # of layers that came to their end, by label
 
     async def compute(self, batch: LayerRows, account: Account) -> Rows:
         """The experts' unweighted outputs [n, top_k, hidden], in the order of the router.
 
         Raises `Refused`: EXPERT_UNAVAILABLE or BUSY, with the expert and its block.
         """
-        return await _Run(self, batch, account).result()
+        began = trio.current_time()
+        outputs = await _Run(self, batch, account).result()
+        label = str(batch.layer) if batch.layer < LAYER_LABELS_MAX else BEHIND
+        spread = self.latency.setdefault(label, Spread.of("blyan_layer_seconds"))
+        spread.observe(trio.current_time() - began)
+        return outputs
 
 
 class _Run:

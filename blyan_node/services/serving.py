@@ -18,6 +18,7 @@ from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.changes import Changes
 from blyan_node.services.compute import Rows, apply_expert
 from blyan_node.services.holding import Held, Holding
+from blyan_node.services.spread import Spread
 from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.forward.messages import (
@@ -60,6 +61,10 @@ class Serving:
     ) -> None:
         self.requests = 0
         self.busy = 0
+        self.rows = 0
+        self.compute_s = 0.0
+        self.batch_requests = Spread.of("blyan_worker_batch_requests")
+        self.batch_rows = Spread.of("blyan_worker_batch_rows")
         self._holding = holding
         self._profile = profile
         self._compute = compute
@@ -156,8 +161,16 @@ class Serving:
             assert held is not None, "nothing was dropped since `_lost` looked"
             work = _Batch(ready, dict(zip(blocks, held, strict=True)))
             await trio.to_thread.run_sync(work.compute, limiter=self._compute)
+        self._count(ready, work.compute_s)
         for job, data in zip(ready, work.results, strict=True):
             _settle(job, Activated(data))
+
+    def _count(self, batch: Sequence[Job], compute_s: float) -> None:
+        rows = sum(job.asked.rows_out for job in batch)
+        self.rows += rows
+        self.compute_s += compute_s
+        self.batch_requests.observe(len(batch))
+        self.batch_rows.observe(rows)
 
     def _lost(self, job: Job) -> bool:
         """Answers a job whose expert left while it waited."""
@@ -179,6 +192,7 @@ class _Batch:
         self._jobs = jobs
         self._held = held
         self.results: list[bytes] = []
+        self.compute_s = 0.0
 
     def compute(self) -> None:
         """Fills `results` with each job's rows, in the order that it asked for."""
@@ -192,7 +206,9 @@ class _Batch:
             ]
             began = time.perf_counter()
             computed = apply_expert(held.expert, np.concatenate([rows for _, rows in parts]))
-            held.busy_s += time.perf_counter() - began
+            spent = time.perf_counter() - began
+            held.busy_s += spent
+            self.compute_s += spent
             held.calls += len(parts)
             held.rows += len(computed)
             at = 0

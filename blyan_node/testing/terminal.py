@@ -19,10 +19,17 @@ _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
 class Terminal:
-    """`blyan-node` on a pseudo-terminal, in a `with` block that ends it if the test has not."""
+    """`blyan-node` on a pseudo-terminal, in a `with` block that ends it if the test has not.
 
-    def __init__(self, *words: object) -> None:
+    `term` is what kind it is; a dumb one can move no cursor. `size` is in lines and columns.
+    """
+
+    def __init__(
+        self, *words: object, term: str = "dumb", size: tuple[int, int] = (0, 0), **env: str
+    ) -> None:
         self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, size)
+        self._mode = termios.tcgetattr(theirs)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cli.main", *map(str, words)],
             stdin=theirs,
@@ -30,7 +37,7 @@ class Terminal:
             stderr=theirs,
             start_new_session=True,
             preexec_fn=_take_terminal,  # what is typed as Ctrl-C is then a signal for it
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": term, **env},
         )
         os.close(theirs)
         self._raw = b""
@@ -53,6 +60,22 @@ class Terminal:
     def shown(self) -> str:
         """All that was shown, without codes for the cursor and colours."""
         return _CODES.sub("", self._raw.decode(errors="replace"))
+
+    def press(self, key: str) -> None:
+        """One key for a command that reads keys by itself."""
+        os.write(self._ours, key.encode())
+
+    @property
+    def codes(self) -> str:
+        """All that was shown, codes included."""
+        return self._raw.decode(errors="replace")
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether keys are taken and shown as before the command, on the screen of before."""
+        rows = ("\x1b[?1049h", "\x1b[?1049l"), ("\x1b[?25l", "\x1b[?25h")
+        shown = all(self.codes.rfind(off) >= self.codes.rfind(on) for on, off in rows)
+        return shown and termios.tcgetattr(self._ours) == self._mode
 
     def type(self, text: str) -> None:
         """Presses these keys. Ctrl-C only once the command waits for something to happen.

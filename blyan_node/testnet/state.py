@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from blyan_node.config import Role
 from blyan_node.home import write_whole
+from blyan_node.settings import Role
 from blyan_node.testnet.process import Process
 from protocols.errors import ErrorCode, Refused
 

@@ -13,9 +13,9 @@ from typing import Any, get_args
 
 import msgspec
 
-from blyan_node.config import Role, Settings
 from blyan_node.home import create_home, is_home, write_whole
 from blyan_node.rpc.ask import ask
+from blyan_node.settings import Role, Settings
 from blyan_node.sizes import free_memory_bytes
 from blyan_node.testnet import process, state
 from blyan_node.testnet.state import Member, Testnet

@@ -4,7 +4,8 @@ import click
 
 from cli import show
 from cli.launch import launch
-from cli.shared import Group, ask, emit, model_option, summary
+from cli.shared import Group, ask, emit, summary
+from cli.values import model_option
 
 
 @click.group(cls=Group)

@@ -20,11 +20,11 @@ from cli.shared import (
     ask,
     ask_gently,
     checked,
-    model_option,
     no_node,
     shared_of,
     tell,
 )
+from cli.values import model_option
 from protocols.errors import ErrorCode, Refused
 
 MAX_TOKENS = 1024

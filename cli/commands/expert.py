@@ -3,7 +3,8 @@
 import click
 
 from cli import show
-from cli.shared import Group, ask, describe, emit, model_option, summary
+from cli.shared import Group, ask, describe, emit, summary
+from cli.values import experts, model_option
 
 
 @click.group(cls=Group)
@@ -19,7 +20,7 @@ def list_experts(model: str | None) -> None:
 
 
 @expert.command(help=summary("expert.where"))
-@click.argument("subject")
+@click.argument("subject", shell_complete=experts)
 @model_option("expert.where")
 def where(subject: str, model: str | None) -> None:
     """Who holds one expert."""
@@ -27,7 +28,7 @@ def where(subject: str, model: str | None) -> None:
 
 
 @expert.command(help=summary("expert.hold"))
-@click.argument("subjects", metavar="SUBJECT...", nargs=-1, required=True)
+@click.argument("subjects", metavar="SUBJECT...", nargs=-1, required=True, shell_complete=experts)
 @model_option("expert.hold")
 def hold(subjects: tuple[str, ...], model: str | None) -> None:
     """Load experts and compute with them for others."""
@@ -35,7 +36,7 @@ def hold(subjects: tuple[str, ...], model: str | None) -> None:
 
 
 @expert.command(help=summary("expert.drop"))
-@click.argument("subjects", metavar="SUBJECT...", nargs=-1, required=True)
+@click.argument("subjects", metavar="SUBJECT...", nargs=-1, required=True, shell_complete=experts)
 @model_option("expert.drop")
 @click.option("--force", is_flag=True, help=describe("expert.drop", "force"))
 def drop(subjects: tuple[str, ...], model: str | None, force: bool) -> None:

@@ -14,10 +14,11 @@ from cli.shared import (
     ask_gently,
     describe,
     emit,
-    model_option,
+    files,
     shared_of,
     summary,
 )
+from cli.values import model_option
 
 
 class TokenIds(click.ParamType[list[int]]):
@@ -64,7 +65,13 @@ def generate(context: click.Context, /, **params: Any) -> int | None:
     required=True,
     help=describe("forward.run", "prompt_ids"),
 )
-@click.option("--out", metavar="FILE", required=True, help="The safetensors file to write.")
+@click.option(
+    "--out",
+    metavar="FILE",
+    required=True,
+    help="The safetensors file to write.",
+    shell_complete=files,
+)
 @click.option("--root", metavar="R", help=describe("forward.run", "root"))
 def forward(out: str, **params: Any) -> None:
     """One pass over a prompt, written to a file."""

@@ -3,7 +3,8 @@
 import click
 
 from cli import show, show_publish
-from cli.shared import Group, absolute, ask, describe, emit, summary
+from cli.shared import Group, absolute, ask, describe, emit, files, folders, summary
+from cli.values import models, subjects
 from protocols.rpc.fields import HUB
 
 
@@ -13,7 +14,7 @@ def model() -> None:
 
 
 @model.command(help=summary("model.publish"))
-@click.argument("path", metavar="PATH|hf:ORG/NAME[@REVISION]")
+@click.argument("path", metavar="PATH|hf:ORG/NAME[@REVISION]", shell_complete=folders)
 @click.option("--name", metavar="N", required=True, help=describe("model.publish", "name"))
 @click.option(
     "--wait-replicas", metavar="R", type=int, help=describe("model.publish", "wait_replicas")
@@ -38,14 +39,14 @@ def list_models() -> None:
 
 
 @model.command("show", help=summary("model.show"))
-@click.argument("name", metavar="N")
+@click.argument("name", metavar="N", shell_complete=models)
 def show_model(name: str) -> None:
     """One model and the head of each of its parts."""
     emit(ask("model.show", {"model": name}), show.model)
 
 
 @model.command(help=summary("model.fetch"))
-@click.argument("name", metavar="N")
+@click.argument("name", metavar="N", shell_complete=models)
 @click.option("--root", metavar="R", help=describe("model.fetch", "root"))
 def fetch(name: str, root: str | None) -> None:
     """Store every block of a model here."""
@@ -56,14 +57,14 @@ def fetch(name: str, root: str | None) -> None:
 
 
 @model.command(help=summary("model.verify"))
-@click.argument("name", metavar="N")
+@click.argument("name", metavar="N", shell_complete=models)
 def verify(name: str) -> None:
     """Read and check every stored byte of a model."""
     emit(ask("model.verify", {"model": name}), show.verified)
 
 
 @model.command(help=summary("model.wait"))
-@click.argument("name", metavar="N")
+@click.argument("name", metavar="N", shell_complete=models)
 @click.option(
     "--replicas", metavar="R", type=int, required=True, help=describe("model.wait", "replicas")
 )
@@ -76,8 +77,8 @@ def wait(name: str, replicas: int) -> None:
 
 
 @model.command(help=summary("model.export"))
-@click.argument("name", metavar="N")
-@click.argument("out")
+@click.argument("name", metavar="N", shell_complete=models)
+@click.argument("out", shell_complete=folders)
 @click.option("--root", metavar="R", help=describe("model.export", "root"))
 def export(name: str, out: str, root: str | None) -> None:
     """Write a model as a Hugging Face directory."""
@@ -88,10 +89,20 @@ def export(name: str, out: str, root: str | None) -> None:
 
 
 @model.command(help=summary("model.update"))
-@click.argument("name", metavar="N")
-@click.option("--subject", metavar="S", required=True, help=describe("model.update", "subject"))
+@click.argument("name", metavar="N", shell_complete=models)
 @click.option(
-    "--weights", metavar="FILE", required=True, help="A safetensors file with the new tensors."
+    "--subject",
+    metavar="S",
+    required=True,
+    help=describe("model.update", "subject"),
+    shell_complete=subjects,
+)
+@click.option(
+    "--weights",
+    metavar="FILE",
+    required=True,
+    help="A safetensors file with the new tensors.",
+    shell_complete=files,
 )
 @click.option("--base", metavar="BLOCK", help="The head that it must replace.")
 def update(name: str, subject: str, weights: str, base: str | None) -> None:

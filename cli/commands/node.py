@@ -18,9 +18,11 @@ ROLES = click.Choice(("main", "gpu"))
 @click.command(cls=Command)
 @click.option("--role", type=ROLES, help="main answers prompts, gpu holds experts.")
 @click.option("--network", metavar="FILE", help="The genesis file of the network to join.")
-def init(role: str | None, network: str | None) -> None:
+@click.option("--psk", metavar="FILE", help="The key of a private network; the home keeps a copy.")
+def init(role: str | None, network: str | None, psk: str | None) -> None:
     """Make a node's home: its key, its configuration and its data folder."""
-    launch("init", ["--network", absolute(network)] if network else [], {"role": role})
+    settings = {"role": role, "psk": absolute(psk) if psk else None}
+    launch("init", ["--network", absolute(network)] if network else [], settings)
 
 
 @click.command(cls=Command)
@@ -34,9 +36,16 @@ def init(role: str | None, network: str | None) -> None:
 @click.option("--disk", metavar="SIZE", help="The most that the store may take, such as 50GiB.")
 @click.option("--threads", metavar="N", type=int, help="Threads that compute.")
 @click.option("--replicas", metavar="N", type=int, help="Live holders for every expert.")
+@click.option("--psk", metavar="FILE", help="The key of a private network.")
+@click.option("--allowed-peers", metavar="ID,…", help="Who may take part; all if not set.")
+@click.option("--metrics", metavar="IP:PORT", help="Show metrics to Prometheus, on 127.0.0.1:9464.")
+@click.option("--log-level", metavar="LEVELS", help="Such as warning, or info,network=debug.")
 @click.option("--hub-endpoint", metavar="URL", help="Where models called hf:ORG/NAME come from.")
-def start(network: str | None, **settings: Any) -> None:
+def start(network: str | None, psk: str | None, allowed_peers: str | None, **settings: Any) -> None:
     """Run the node in the foreground; make its home first if there is none."""
+    settings["psk"] = absolute(psk) if psk else None
+    peers = None if allowed_peers is None else [p.strip() for p in allowed_peers.split(",")]
+    settings["allowed_peers"] = "all" if peers == ["all"] else peers
     for several in ("listen", "announce", "bootstrap"):
         settings[several] = list(settings[several]) or None
     launch("start", ["--network", absolute(network)] if network else [], settings)

@@ -7,11 +7,12 @@ import click
 
 from cli.client import Client
 from cli.shared import Command, shared_of
+from cli.values import methods
 from protocols.rpc.codec import Note
 
 
 @click.command(cls=Command)
-@click.argument("method")
+@click.argument("method", shell_complete=methods)
 @click.argument("params", metavar="[JSON]", default="{}")
 @click.pass_context
 def rpc(context: click.Context, method: str, params: str) -> int | None:

@@ -3,9 +3,16 @@
 import click
 
 from cli.launch import launch
-from cli.shared import Group, absolute
+from cli.shared import Group, absolute, folders
 
-_dir = click.option("--dir", "folder", metavar="DIR", required=True, help="Where the testnet is.")
+_dir = click.option(
+    "--dir",
+    "folder",
+    metavar="DIR",
+    required=True,
+    help="Where the testnet is.",
+    shell_complete=folders,
+)
 
 
 @click.group(cls=Group)

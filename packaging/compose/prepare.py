@@ -16,9 +16,11 @@ from typing import get_args
 
 import tomlkit
 
-from blyan_node.config import FILE, GENESIS_FILE, KEY_FILE, Role
-from blyan_node.home import config_text, create_home, read_genesis, write_whole
+from blyan_node.config import GENESIS_FILE, KEY_FILE
+from blyan_node.config_file import FILE, config_text
+from blyan_node.home import create_home, read_genesis, write_whole
 from blyan_node.identity import load_identity
+from blyan_node.settings import Role
 from protocols.dag.genesis import NONCE_BYTES, Genesis
 from protocols.errors import Refused, RemoteProtocolError
 from protocols.rpc import telling

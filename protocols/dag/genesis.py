@@ -22,6 +22,8 @@ PARAMETERS_MAX = 64
 NETWORK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 PARAMETER_MAX = 2**53 - 1
+PRIVATE = "private"
+"""A parameter: where it is not 0, a node does not start without the swarm's pre-shared key."""
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

@@ -25,12 +25,17 @@ class Syncing(Result, frozen=True):
 
 
 class StatusResult(Result, frozen=True):
-    """`network` is the network's id, `syncing` is None once the node is level with its peers."""
+    """What a node is, does and waits for.
+
+    `network` is the network's id; `commit` is None where nothing tells it; `syncing` is None once
+    the node is level with its peers.
+    """
 
     peer_id: str
     role: Literal["main", "gpu"]
     network: str
     version: str
+    commit: str | None
     addrs: list[str]
     peers: Count
     blocks: Count
@@ -57,13 +62,18 @@ class PeersRequest(Request, frozen=True):
 
 
 class PeerInfo(Result, frozen=True):
-    """One connected node; `since` is in s since 1970, `rtt_ms` None until it was measured."""
+    """One connected node; `since` is in s since 1970, `rtt_ms` None until it was measured.
+
+    `bytes_in` and `bytes_out` passed on the streams of the node's own protocols since then.
+    """
 
     peer_id: str
     addrs: list[str]
     role: str
     rtt_ms: float | None
     since: float
+    bytes_in: Count
+    bytes_out: Count
 
 
 class PeersResult(Result, frozen=True):

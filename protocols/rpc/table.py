@@ -11,7 +11,18 @@ from typing import Any
 import msgspec
 
 from protocols.errors import ErrorCode
-from protocols.rpc import calls, chain, events, expert, generate, model, node
+from protocols.rpc import (
+    calls,
+    chain,
+    config,
+    doctor,
+    events,
+    expert,
+    generate,
+    metrics,
+    model,
+    node,
+)
 
 E = ErrorCode
 
@@ -56,6 +67,18 @@ _ROWS = (
     Method("node.id", "The node's peer id and addresses", node.IdRequest, node.IdResult),
     Method("node.peers", "The nodes it is connected to", node.PeersRequest, node.PeersResult),
     Method("node.stop", "Drain and stop the node", node.StopRequest, node.StopResult),
+    Method(
+        "node.config",
+        "The settings in use, and where each came from",
+        config.ConfigRequest,
+        config.ConfigResult,
+    ),
+    Method(
+        "node.doctor",
+        "Say why the node cannot be reached or cannot keep up, and what to do",
+        doctor.DoctorRequest,
+        doctor.DoctorResult,
+    ),
     Method(
         "network.show",
         "The genesis of the network that the node is in",
@@ -224,6 +247,12 @@ _ROWS = (
         events.SubscribeResult,
         (),
         (EVENTS,),
+    ),
+    Method(
+        "metrics.read",
+        "What the node counts and measures, as Prometheus sees it",
+        metrics.MetricsRequest,
+        metrics.MetricsResult,
     ),
     Method(
         "rpc.discover",

@@ -38,6 +38,7 @@ STATUS = StatusResult(
     role="main",
     network="bafkreinet",
     version="0.1.0",
+    commit="c" * 40,
     addrs=["/ip4/127.0.0.1/tcp/4040/p2p/12D3alice"],
     peers=3,
     blocks=29,

@@ -22,6 +22,8 @@ WRONG = [
     ("peers", "extra"),
     ("stop", "--now"),
     ("network",),
+    ("config",),
+    ("config", "show", "extra"),
     ("network", "new"),
     ("network", "new", "--name", "x"),
     ("network", "new", "--name", "No Name", "--out", "/nowhere/x.json"),
@@ -53,6 +55,9 @@ WRONG = [
     ("expert", "hold"),
     ("expert", "drop", "--force"),
     ("expert", "stats", "extra"),
+    ("top", "extra"),
+    ("top", "--every", "never"),
+    ("top", "--every", "0"),
     ("generate",),
     ("generate", "--model", "n"),
     ("generate", "--model", "n", "prompt", "--prompt-ids", "1"),
@@ -89,6 +94,8 @@ WRONG = [
     ("rpc",),
     ("rpc", "node.status", "[1]"),
     ("rpc", "node.status", "{"),
+    ("completion",),
+    ("completion", "tcsh"),
 ]
 
 

@@ -19,8 +19,7 @@ import msgspec
 import pytest
 import yaml
 
-from blyan_node.config import read_settings
-from blyan_node.home import config_text
+from blyan_node.config_file import config_text, read_settings
 from blyan_node.testing.compose import Compose, in_order, read_compose, read_dockerfile, the
 from cli.main import root
 

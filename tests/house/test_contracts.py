@@ -24,6 +24,7 @@ FORBIDDEN = [
     ("only in blyan_node.moe", "blyan_node/__init__.py", "torch"),
     ("only in blyan_node.moe", "blyan_node/moe/numerics.py", "llvmlite"),
     ("huggingface_hub only in the process", "blyan_node/services/__init__.py", "huggingface_hub"),
+    ("prometheus_client only", "blyan_node/services/__init__.py", "prometheus_client"),
     ("engine computes", "blyan_node/moe/__init__.py", "trio"),
     ("needs a test tool", "blyan_node/services/__init__.py", "transformers"),
     ("needs a test tool", "blyan_node/network/__init__.py", "blyan_node.testing"),

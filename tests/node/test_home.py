@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from blyan_node.config import Settings
 from blyan_node.home import create_home, open_home, write_whole
 from blyan_node.identity import create_identity, load_identity, parse_seed
+from blyan_node.settings import Settings
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.errors import Refused, RemoteProtocolError
 from protocols.ids import cid_text

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from blyan_node.config import HUB_ENDPOINT, Settings, make_config, read_settings
+from blyan_node.config import HUB_ENDPOINT, make_config
+from blyan_node.config_file import ConfigError, Written, read_settings
+from blyan_node.settings import Settings
 from protocols.dag.genesis import DEVELOPMENT
-from protocols.errors import RemoteProtocolError
 
 NOTHING = Settings()
 FILE = Settings(hub_endpoint="https://mirror.example")
@@ -14,7 +15,8 @@ OPTION = Settings(hub_endpoint="http://127.0.0.1:8080/hub/")
 
 
 def endpoint(file: Settings = NOTHING, option: Settings = NOTHING) -> str:
-    return make_config(Path("/home/alice"), DEVELOPMENT, None, file, option).hub_endpoint
+    written = Written(file)
+    return make_config(Path("/home/alice"), DEVELOPMENT, None, written, option).hub_endpoint
 
 
 def test_the_nearest_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,5 +32,5 @@ def test_the_nearest_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     "text", ["hub.example", "file:///etc/passwd", "https://user:secret@hub.example", "https://", ""]
 )
 def test_what_is_no_hub_is_refused_by_the_name_of_the_key(text: str) -> None:
-    with pytest.raises(RemoteProtocolError, match=r"config\.toml: hub_endpoint"):
+    with pytest.raises(ConfigError, match=r"config\.toml line 1, column 16: hub_endpoint"):
         read_settings(f'hub_endpoint = "{text}"')

@@ -15,9 +15,11 @@ import pytest
 import tomlkit
 import trio
 
-from blyan_node.config import KEYS, Config, Settings, make_config
+from blyan_node.config import Config, make_config
+from blyan_node.config_file import Written
 from blyan_node.home import create_home
 from blyan_node.reloading import LIVE, changes
+from blyan_node.settings import KEYS, Settings
 from blyan_node.supervisor import Supervisor
 from blyan_node.testing.foreground import Foreground
 from blyan_node.testing.virtual_time import virtual_time_test
@@ -84,13 +86,21 @@ def test_a_service_tells_its_manager_of_its_life(
         manager.until("RELOADING")
         manager.until("READY")
         assert alice("status")["role"] == "gpu"
+        shown = alice("config", "show")
+        told = {setting["key"]: setting for setting in shown["settings"]}
+        assert shown["running"] and told.keys() == set(KEYS)
+        assert (told["replicas"]["value"], told["replicas"]["source"]) == (3, "file")
+        assert told["replicas"]["line"] and told["replicas"]["reloaded"] > 0
+        assert (told["announce"]["value"], told["announce"]["waiting"]) == ([], True)
+        assert (told["threads"]["value"], told["threads"]["source"]) == (1, "option")
+        assert told["memory"]["reloaded"] is None
         os.kill(alice.pid, signal.SIGTERM)
         manager.until("STOPPING")
         daemon.ends()
     log = daemon.log.read_text()
     assert "changed: disk, replicas" in log
     assert "in use from the next start only: announce" in log
-    assert "nothing has changed: config.toml: replicas" in log
+    assert "nothing has changed: config.toml line 1, column 12: replicas" in log
 
 
 @pytest.mark.slow
@@ -136,7 +146,7 @@ def test_who_is_told() -> None:
 
 def _config(**settings: object) -> Config:
     file = Settings(**{"memory": "1GiB", **settings})  # type: ignore[arg-type]
-    return make_config(Path("/home/alice"), DEVELOPMENT, None, file, Settings())
+    return make_config(Path("/home/alice"), DEVELOPMENT, None, Written(file), Settings())
 
 
 @pytest.mark.parametrize(
@@ -153,6 +163,10 @@ def _config(**settings: object) -> Config:
         ("replicas", 5),
         ("authors", "all"),
         ("hub_endpoint", "http://127.0.0.1:1"),
+        ("psk", "/etc/blyan/swarm.key"),
+        ("allowed_peers", [PEER]),
+        ("metrics", "127.0.0.1:9464"),
+        ("log_level", "info,network=debug"),
     ],
 )
 def test_a_change_takes_effect_now_or_is_said_to_wait(key: str, value: object) -> None:

@@ -12,11 +12,11 @@ import trio
 from safetensors.torch import load_file, save_file
 
 from blyan_node.app import run_app
-from blyan_node.config import Settings
 from blyan_node.home import create_home, open_home
 from blyan_node.parts import App
 from blyan_node.rpc.ask import ask
 from blyan_node.rpc.handlers import HANDLERS
+from blyan_node.settings import Settings
 from blyan_node.testing.checkpoints import make_checkpoint
 from protocols.errors import ErrorCode, Refused
 from protocols.rpc.table import METHODS
