@@ -53,7 +53,24 @@ class Mxfp4:
         out.view(-1, BLOCK).mul_(factors[:, None])
 
 
-Weight = Tensor | Mxfp4
+class Scaled:
+    """A matrix [out, in] of int8 or FP8 (e4m3fn) codes; a row's weights are its codes times scale.
+
+    `codes` is [out, in], `scales` float32 [out].
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        assert codes.shape[:1] == scales.shape and scales.dtype == torch.float32
+        self.codes = codes
+        self.scales = scales
+        self.shape = (codes.shape[0], codes.shape[1])
+
+    def widen(self, first: int, last: int, out: Tensor) -> None:
+        """Writes the rows [first, last), rounded, into `out`, float32 [last - first, in]."""
+        out.copy_(self.codes[first:last]).mul_(self.scales[first:last, None])
+
+
+Weight = Tensor | Mxfp4 | Scaled
 
 # A scale's power of two, times what a nibble in a half is short of.
 _FACTORS = torch.tensor([2.0 ** (scale - 127) * _HALF_BIAS for scale in range(SCALE_MAX + 1)])
@@ -99,7 +116,7 @@ def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
         step = max(1, count)
     for first in range(0, count, step):
         last = min(count, first + step)
-        if isinstance(weight, Mxfp4):
+        if isinstance(weight, Mxfp4 | Scaled):
             tile = _scratch.tile(last - first, width)
             weight.widen(first, last, tile)
         elif in_place:

@@ -1,0 +1,102 @@
+"""Matrices in the precision that their holder chose, made from what was published.
+
+A conversion is deterministic to the bit on every machine: each step is one operation of IEEE 754,
+rounded to nearest, ties to even. The definition is docs/precision.md.
+
+Only matrices are converted, and only to something narrower (`protocols.precision`). Norms, biases
+and sinks are small and stay. Routers stay because what they decide, which experts a token passes,
+is all or nothing; `kv_b` of latent attention stays because it is computed with from both sides,
+and a scale belongs to one.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from blyan_node.moe.layout import FLOATS, SubjectLayout, TensorLayout
+from blyan_node.moe.stored import TILE_FLOATS, Scaled
+from blyan_node.moe.strict_json import refuse
+from protocols.dag.header import Kind
+from protocols.precision import Precision, effective
+from protocols.tensors.manifest import DTYPE_BYTES, Dtype
+
+LEAST_SCALE = 2.0**-126  # float32's least normal number: also the scale of a row of zeros
+_INT8_MOST, _FP8_MOST = 127.0, 448.0
+_SCALE_BYTES = 4
+_TARGETS: Mapping[Precision, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+
+
+def converts(part: SubjectLayout, tensor: TensorLayout, dtype: Dtype, precision: Precision) -> bool:
+    """Whether a tensor that is stored as `dtype` is held in another type for `precision`."""
+    return (
+        part.kind is not Kind.ROUTER
+        and tensor.role != "kv_b"
+        and not tensor.idle
+        and narrows(tensor.shape, dtype, precision)
+    )
+
+
+def narrows(shape: tuple[int, ...], dtype: Dtype, precision: Precision) -> bool:
+    """Whether a matrix of this shape and type would become narrower."""
+    target = _TARGETS.get(effective(precision))
+    if target is None or len(shape) != 2 or dtype not in FLOATS:
+        return False
+    return target.itemsize < DTYPE_BYTES[dtype]
+
+
+def held_bytes(shape: tuple[int, ...], precision: Precision, *, channels: int | None = None) -> int:
+    """The bytes of a converted matrix, or the most they can be if its `channels` are unknown."""
+    target = _TARGETS[effective(precision)]
+    scales = (max(shape) if channels is None else channels) if target.itemsize == 1 else 0
+    return prod(shape) * target.itemsize + scales * _SCALE_BYTES
+
+
+def convert(weight: Tensor, precision: Precision, name: str) -> Tensor | Scaled:
+    """The matrix [out, in] in `precision`; `name` is its own, for errors.
+
+    Works in tiles, so that beside the result only a few MiB are taken. Raises `Refused` (BAD_MODEL)
+    for infinities, NaN, and what the precision's largest number does not reach.
+    """
+    target = _TARGETS[effective(precision)]
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=target)
+    scales = torch.empty(rows)
+    step = max(1, TILE_FLOATS // max(1, columns))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        tile = weight[first:last].to(torch.float32, copy=True)
+        if not tile.isfinite().all():
+            refuse(f"{name} has infinities or NaN: {precision} cannot hold it, as-published can")
+        if target.itemsize == 1:
+            scales[first:last] = _scale(tile, _INT8_MOST if target == torch.int8 else _FP8_MOST)
+        codes[first:last] = _bfloat16(tile) if target == torch.bfloat16 else tile.to(target)
+    if target.itemsize == 1:
+        return Scaled(codes, scales)
+    if not codes.isfinite().all():
+        refuse(f"{name} has a value that is too large for {precision}: hold it as-published")
+    return codes
+
+
+def _scale(tile: Tensor, most: float) -> Tensor:
+    """Divides each row by its scale, which is returned [rows], and rounds for int8."""
+    scales = tile.abs().amax(1).div_(most).clamp_(min=LEAST_SCALE)
+    tile.div_(scales[:, None])
+    if most == _INT8_MOST:
+        tile.round_()
+    tile.clamp_(-most, most)
+    return scales
+
+
+def _bfloat16(tile: Tensor) -> Tensor:
+    """Rounds with integers: some processors' own instruction takes denormals for zero."""
+    bits = tile.view(torch.int32)
+    odd = bits.bitwise_right_shift(16).bitwise_and_(1)
+    rounded = bits.add_(odd.add_(0x7FFF)).bitwise_right_shift_(16)
+    return rounded.to(torch.int16).view(torch.bfloat16)
