@@ -21,8 +21,9 @@ from blyan_node.moe.config import LatentAttention, ModelConfig
 from blyan_node.moe.families import parse_config
 from blyan_node.moe.latent import Latent
 from blyan_node.moe.layout import attention_part
-from blyan_node.moe.numerics import RopeTable
 from blyan_node.moe.reference import Reference
+from blyan_node.moe.rope import RopeTable
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.engine import Engine
 
 SIZES: dict[str, Any] = {
@@ -76,7 +77,7 @@ class Layer:
             if one.name.startswith("self_attn.") and not one.idle
         }
         assert not state
-        return Latent(attention, tensors, RopeTable(config.rope, attention.rope_dim))
+        return Latent(attention, tensors, RopeTable(config.rope, attention.rope_dim), best())
 
     @torch.inference_mode()
     def truth(self) -> Tensor:
@@ -147,7 +148,7 @@ def test_the_trunk_equals_the_reference(
     directories: dict[str, Path], prompt: list[int], variant: str
 ) -> None:
     checkpoint = Checkpoint.open(directories[variant])
-    expected, _ = Reference(checkpoint.config, checkpoint.load).forward(prompt)
+    expected, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(prompt)
     engine = Engine(checkpoint.config, checkpoint.load)
     for threads, cuts in ((1, (1, 33)), (2, (32,)), (1, range(1, 48))):
         torch.set_num_threads(threads)

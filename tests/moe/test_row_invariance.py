@@ -15,6 +15,7 @@ from blyan_node.moe import numerics
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.reference import Reference
 from blyan_node.moe.trunk import Trunk
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.engine import Engine
 
@@ -96,7 +97,7 @@ def test_equal_logits_go_to_the_smaller_expert() -> None:
 def _engine(path: Path) -> tuple[Engine, list[Tensor]]:
     """An engine and the reference's logits of `PROMPT` and of its second half alone."""
     checkpoint = Checkpoint.open(path)
-    model = Reference(checkpoint.config, checkpoint.load)
+    model = Reference(checkpoint.config, checkpoint.load, best())
     logits = [model.forward(ids)[0] for ids in (PROMPT, PROMPT[35:])]
     return Engine(checkpoint.config, checkpoint.load), logits
 
@@ -152,7 +153,7 @@ def test_the_cache_grows_beyond_its_first_buffer(tmp_path: Path) -> None:
     cache = engine.trunk.new_cache()
     cuts = engine.trunk.prefill_cuts(0, 600)
     logits = [engine.forward([(cache, ids[a:b])], random.Random(0))[0] for a, b in cuts]
-    expected, _ = Reference(checkpoint.config, checkpoint.load).forward(ids)
+    expected, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(ids)
     assert torch.equal(torch.cat(logits), expected)
     assert cache.length == 600 and cache.bytes == 2 * 2 * 2 * 1024 * 16 * 4
 
