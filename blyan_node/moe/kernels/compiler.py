@@ -7,7 +7,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from blyan_node.moe.kernels import attention, emit, epilogues, reading, tile
+from blyan_node.moe.kernels import attention, columns, emit, epilogues, reading, tile
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
 
@@ -22,6 +22,8 @@ def describe(target: Target) -> ir.Module:
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
         export(module, tile.product(module, storage, target))
+        if storage.by_columns:
+            export(module, columns.columns(module, storage, target))
     for function in epilogues.all_epilogues(module, target):
         export(module, function)
     export(module, attention.attention(module, target))

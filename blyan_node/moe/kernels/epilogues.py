@@ -209,13 +209,23 @@ def _sum(b: ir.IRBuilder, x: ir.Value, count: ir.Value, lanes: int, *, squares: 
 def _rotate(module: ir.Module, target: Target, *, interleaved: bool) -> ir.Function:
     """Turns the pairs of each row by an angle: out = (a·cos - b·sin, b·cos + a·sin), in halves.
 
-    `count` is the number of pairs. A pair is (i, i + count), or (2i, 2i + 1) if interleaved.
+    A row has `heads` heads that are turned alike; strides are from row to row and, `_head_stride`,
+    from head to head. `count` is the number of pairs. A pair is (i, i + count), or (2i, 2i + 1) if
+    interleaved.
     """
     name = "rotate_pairs" if interleaved else "rotate_halves"
-    extra = (("cos", POINTER), ("sin", POINTER))
-    b, places, (rows, count, cos, sin) = _rows(module, name, ("out", "x"), extra)
-    with emit.counting(b, rows) as row:
-        out, x = _row_of(b, places, row)
+    extra = (
+        ("cos", POINTER), ("sin", POINTER), ("angles_stride", I64),
+        ("heads", I64), ("out_head_stride", I64), ("x_head_stride", I64),
+    )  # fmt: skip
+    b, places, values = _rows(module, name, ("out", "x"), extra)
+    rows, count, first_cos, first_sin, angles_stride, heads, *head_strides = values
+    with emit.counting(b, rows) as row, emit.counting(b, heads) as head:
+        cos, sin = (emit.at(b, p, b.mul(row, angles_stride)) for p in (first_cos, first_sin))
+        out, x = (
+            emit.at(b, place, b.mul(head, stride))
+            for place, stride in zip(_row_of(b, places, row), head_strides, strict=True)
+        )
 
         def body(width: int, index: ir.Value) -> None:
             if interleaved:

@@ -31,8 +31,8 @@ _EPILOGUES = {
     "rms_norm": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _NUMBER),
     "softmax": (*_ROWS * 2, _COUNT, _COUNT),
     "sigmoid": (*_ROWS * 2, _COUNT, _COUNT),
-    "rotate_halves": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE),
-    "rotate_pairs": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE),
+    "rotate_halves": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE, *[_COUNT] * 4),
+    "rotate_pairs": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE, *[_COUNT] * 4),
 }
 
 
@@ -49,6 +49,11 @@ class Kernels:
         self._code = compiler.Code(target, machine_code)
         self._linear = {
             name: self._code.function(f"call_linear_{name}", LINEAR) for name in STORAGES
+        }
+        self._columns = {
+            name: self._code.function(f"call_columns_{name}", LINEAR)
+            for name, storage in STORAGES.items()
+            if storage.by_columns
         }
         self._epilogues = {
             name: self._code.function(f"call_{name}", arguments)
@@ -77,7 +82,8 @@ class Kernels:
         out = torch.empty(rows, outs) if out is None else out
         begin, end = span or (0, outs)
         assert x.shape == (rows, depth) and out.shape == (rows, outs) and 0 <= begin <= end <= outs
-        function, place = self._linear[matrix.storage.name], matrix.place
+        functions = self._columns if matrix.by_columns else self._linear
+        function, place = functions[matrix.storage.name], matrix.place
         (x_at, x_stride), (out_at, out_stride) = _rows(x), _rows(out)
 
         def part(first: int, last: int) -> None:
@@ -130,18 +136,31 @@ class Kernels:
         self._epilogues["sigmoid"](*_rows(out), *_rows(x), *x.shape)
         return out
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-        """Rotary embedding of x [heads, dim] at one position; cos and sin are [dim / 2].
+    def rotate(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        interleaved: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rotary embedding of x [n, heads, dim], row by row; cos and sin are [n, dim / 2].
 
         Pairs are (i, i + dim / 2), or (2i, 2i + 1) if interleaved; the result has them in halves.
+        `out` takes it: float32 [n, heads, dim] of any strides but the last.
         """
-        heads, dim = x.shape
+        n, heads, dim = x.shape
+        out = torch.empty(n, heads, dim) if out is None else out
         for angles in (cos, sin):
             assert angles.dtype == torch.float32 and angles.is_contiguous()
-            assert angles.shape == (dim // 2,) and dim % 2 == 0
-        out = torch.empty(heads, dim)
-        function = self._epilogues["rotate_pairs" if interleaved else "rotate_halves"]
-        function(*_rows(out), *_rows(x), heads, dim // 2, cos.data_ptr(), sin.data_ptr())
+            assert angles.shape == (n, dim // 2) and dim % 2 == 0
+        for rows in (x, out):
+            assert rows.dtype == torch.float32 and rows.stride(2) == 1 and rows.shape == x.shape
+        self._epilogues["rotate_pairs" if interleaved else "rotate_halves"](
+            out.data_ptr(), 4 * out.stride(0), x.data_ptr(), 4 * x.stride(0), n, dim // 2,
+            cos.data_ptr(), sin.data_ptr(), 2 * dim, heads, 4 * out.stride(1), 4 * x.stride(1),
+        )  # fmt: skip
         return out
 
     def attend(
@@ -150,30 +169,40 @@ class Kernels:
         keys: Tensor,
         values: Tensor,
         scale: float,
+        *,
+        window: int | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one token: query [heads, dim] over keys [kv heads, seen, dim] and values.
+        """Attention of the last n positions: query [n, heads, dim] → [n, heads, value dim].
 
-        values [kv heads, seen, value dim]; sinks [heads] take part in the softmax and have no
-        value. `seen` holds what the token may see and nothing else. Returns [heads, value dim].
+        keys [kv heads, seen, dim] and values [kv heads, seen, value dim] end with the last row's
+        own; the row r before it does not see the last r, and none sees more than `window`. sinks
+        [heads] take part in the softmax and have no value.
         """
-        (heads, dim), (kv_heads, seen, value_dim) = query.shape, values.shape
-        assert keys.shape == (kv_heads, seen, dim) and heads % kv_heads == 0
-        assert keys.stride(2) == values.stride(2) == 1 and seen > 0
-        assert keys.dtype == values.dtype == torch.float32
-        out, scores = torch.empty(heads, value_dim), torch.empty(heads, seen + 1)
-        factor = ctypes.c_float(scale)
+        (n, heads, dim), (kv_heads, seen, value_dim) = query.shape, values.shape
+        assert keys.shape == (kv_heads, seen, dim) and heads % kv_heads == 0 and seen >= n > 0
+        assert keys.stride(2) == values.stride(2) == query.stride(2) == 1
+        assert keys.dtype == values.dtype == query.dtype == torch.float32
+        out, scores = torch.empty(n, heads, value_dim), torch.empty(heads, seen + 1)
+        factor, group = ctypes.c_float(scale), heads // kv_heads
+        parts = _parts(group, -(-self._workers.threads // kv_heads))
         task = _Task(
-            *_rows(query), *_rows(out),
+            query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1),
+            out.data_ptr(), 4 * heads * value_dim, 4 * value_dim,
             keys.data_ptr(), 4 * keys.stride(0), 4 * keys.stride(1),
             values.data_ptr(), 4 * values.stride(0), 4 * values.stride(1),
             scores.data_ptr(), ctypes.addressof(factor), 0 if sinks is None else sinks.data_ptr(),
-            heads // kv_heads, seen, dim, value_dim,
+            group, parts, n, seen, window or seen, dim, value_dim,
         )  # fmt: skip
         place = ctypes.addressof(task)
-        products = 2 * heads * seen * dim
-        self._workers.share(lambda *span: self._attend(place, *span), kv_heads, products)
+        products = 2 * n * heads * seen * dim
+        self._workers.share(lambda *span: self._attend(place, *span), kv_heads * parts, products)
         return out
+
+
+def _parts(group: int, wanted: int) -> int:
+    """The least number of equal parts of a group that is at least `wanted`, or the most."""
+    return next((n for n in range(wanted, group) if group % n == 0), group)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
