@@ -10,6 +10,7 @@ so is choosing, and widening. That much is used beside this.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 # `auto` is the best that this machine has.
 Choice = Literal["auto", "avx512", "avx2", "fma", "torch"]
+
+
+Rows = Callable[..., tuple[Tensor, ...]]
 
 
 class Product(Protocol):
@@ -55,6 +59,19 @@ class Arithmetic(Protocol):
 
     def product(self, weight: Weight, bias: Tensor | None = None) -> Product:
         """A matrix as it is stored, by rows or by columns (a transposed view), and its bias."""
+
+    def steps(self, function: Rows) -> Rows:
+        """The same function, faster for one row.
+
+        It takes rows [n, …] to rows [n, …] and does nothing but operations of this arithmetic on
+        them, and views: for one row these may be done again without calling it.
+        """
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, both [n, width]."""
+
+    def combine(self, residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """residual [n, width] plus rows [n, k, width] by weights [n, k], in the order of k."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm of each row of x [n, width]; weight is float32 [width]."""

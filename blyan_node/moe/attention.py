@@ -1,7 +1,7 @@
 """Attention of the next rows of a session, as the trunk computes it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -35,13 +35,17 @@ class Grouped:
         self._sinks = vector(tensors, "sinks")
         self._scale = 1.0 / math.sqrt(config.head_dim)
 
-    def apply(self, layer: int, x: Tensor, cache: KVCache) -> Tensor:
-        """Normed rows x [n, hidden] → [n, hidden]; their keys and values go into the cache."""
-        c, n = self._config, x.shape[0]
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normed rows x [n, hidden] → queries, keys and values [n, heads * head_dim]."""
+        return tuple(self._project(name, x) for name in "qkv")
+
+    def mix(self, layer: int, projected: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """What `project` gives → [n, heads * head_dim]; keys and values go into the cache."""
+        c, n = self._config, projected[0].shape[0]
         start = cache.length_of(layer)
         last = start + n
         turns = self._rope.rows(start, last)
-        query, key, value = (self._project(name, x) for name in "qkv")
+        query, key, value = (self._by_head(rows) for rows in projected)
         cache.append(layer, self._arithmetic.rotate(key, *turns), value)
         first = 0 if c.window is None else max(0, start + 1 - c.window)
         keys, values = cache.seen(layer, first, last)
@@ -53,14 +57,23 @@ class Grouped:
             window=c.window,
             sinks=self._sinks,
         )
-        return self._products["o"](out.view(n, -1))
+        return out.view(n, -1)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """What `mix` gives → [n, hidden]."""
+        return self._products["o"](mixed)
 
     def _project(self, name: str, x: Tensor) -> Tensor:
-        """Queries, keys or values [n, heads, head_dim], not yet rotated."""
+        """Queries, keys or values, normed but not yet rotated."""
         c, norm = self._config, self._norms[name]
         rows = self._products[name](x)
         if norm is not None:
             width = rows.shape[1] if c.qk_norm == "whole" else c.head_dim
-            rows = self._arithmetic.rms_norm(rows.reshape(-1, width), norm, self._eps)
-        heads = rows.reshape(x.shape[0], -1, c.head_dim)
+            rows = self._arithmetic.rms_norm(rows.view(-1, width), norm, self._eps)
+        return rows.view(x.shape[0], -1)
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """Rows as [n, heads, head_dim], clipped if the model does that."""
+        c = self._config
+        heads = rows.view(rows.shape[0], -1, c.head_dim)
         return heads if c.clip is None else heads.clamp(min=-c.clip, max=c.clip)

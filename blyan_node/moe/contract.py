@@ -6,10 +6,11 @@ from torch import Tensor
 from blyan_node.moe.kernels.library import Kernels
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.order import CONTRACT
+from blyan_node.moe.kernels.recording import Recording, Rows
 from blyan_node.moe.stored import Mxfp4, Scaled, Weight
 
-# A matrix that is stored by columns is turned, tile by tile, for so many rows.
-_TURNED_ROWS, _TILE_FLOATS = 8, 1 << 18
+# A matrix that is stored by columns is turned, so many outputs at a time, for that many rows.
+_TURNED_ROWS, _TURNED_OUTS = 12, 128
 
 
 class Contract:
@@ -20,6 +21,8 @@ class Contract:
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
+        self.add = kernels.add
+        self.combine = kernels.combine
         self.rms_norm = kernels.rms_norm
         self.swiglu = kernels.swiglu
         self.clamped = kernels.gpt_oss
@@ -31,9 +34,28 @@ class Contract:
     def __str__(self) -> str:
         return f"the {self.kernels.target.name} kernels"
 
+    def steps(self, function: Rows) -> "Steps":
+        """The same function, which calls no Python for one row after the first."""
+        return Steps(self.kernels, function)
+
     def product(self, weight: Weight, bias: Tensor | None = None) -> "ContractProduct":
         """A matrix where it lies; only its bias is widened."""
         return ContractProduct(self.kernels, weight, bias)
+
+
+class Steps:
+    """A function from rows to rows; for one row its kernels are called again and nothing else."""
+
+    def __init__(self, kernels: Kernels, function: Rows) -> None:
+        self._recorder, self._function = kernels.recorder, function
+        self._recording: Recording | None = None
+
+    def __call__(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """What the function gives."""
+        if rows[0].shape[0] != 1:
+            return self._function(*rows)
+        self._recording, results = self._recorder.played(self._recording, self._function, rows)
+        return results
 
 
 class ContractProduct:
@@ -61,10 +83,9 @@ class ContractProduct:
         """The same by tiles of the matrix that are turned: faster for many rows."""
         assert isinstance(self._weight, Tensor)
         out = torch.empty(x.shape[0], self.outs)
-        step = max(1, _TILE_FLOATS // max(1, x.shape[1]))
-        for first in range(0, self.outs, step):
-            here = slice(first, first + step)
+        for first in range(0, self.outs, _TURNED_OUTS):
+            here = slice(first, first + _TURNED_OUTS)
             bias = None if self._bias is None else self._bias[here]
-            tile = Matrix.of(self._weight[here].contiguous(), biases=bias)
-            self._kernels.linear(x, tile, out[:, here])
+            tile = self._weight.t()[:, here].contiguous()  # torch turns a whole matrix fast
+            self._kernels.linear(x, Matrix.of(tile.t().contiguous(), biases=bias), out[:, here])
         return out

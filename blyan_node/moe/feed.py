@@ -23,8 +23,13 @@ class FeedForward:
             if not role.endswith("_bias")
         }
 
+        self._steps = arithmetic.steps(self._compute)
+
     def apply(self, x: Tensor) -> Tensor:
         """x [n, hidden] → [n, hidden]."""
+        return self._steps(x)[0]
+
+    def _compute(self, x: Tensor) -> tuple[Tensor]:
         products, activation = self._products, self._activation
         if isinstance(activation, ClampedGate):
             both = products["gate_up_interleaved"](x)
@@ -35,7 +40,7 @@ class FeedForward:
             else:
                 gate, up = products["gate_up"](x).chunk(2, dim=1)
             active = self._arithmetic.swiglu(gate, up)
-        return products["down"](active)
+        return (products["down"](active),)
 
 
 def _bias(tensors: Mapping[str, Weight], role: str) -> Tensor | None:

@@ -8,7 +8,7 @@ prefill or decode, so that a row's bits depend on the row and its sequence alone
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,36 +48,43 @@ class Latent:
         self._keys = [arithmetic.product(head.t()) for head in by_head[:, :plain]]
         self._values = [arithmetic.product(head) for head in by_head[:, plain:]]
 
-    def apply(self, layer: int, x: Tensor, cache: KVCache) -> Tensor:
-        """Normed rows x [n, hidden] → [n, hidden]; their latents go into the cache."""
-        c, n = self._config, x.shape[0]
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normed rows x [n, hidden] → queries [n, heads * head_dim], latents [n, kv_rank], keys.
+
+        The keys [n, rope_dim] are not yet rotated, and neither are the queries.
+        """
+        c, products, rms_norm = self._config, self._products, self._arithmetic.rms_norm
+        both = products["kv_a"](x)
+        assert self._norm is not None
+        latents = rms_norm(both[:, : c.kv_rank], self._norm, c.norm_eps)
+        if self._query_norm is None:
+            return products["q"](x), latents, both[:, c.kv_rank :]
+        rows = rms_norm(products["q_a"](x), self._query_norm, c.norm_eps)
+        return products["q_b"](rows), latents, both[:, c.kv_rank :]
+
+    def mix(self, layer: int, projected: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """What `project` gives → [n, heads * value_dim]; the latents go into the cache."""
+        queries, latents, keys = projected
+        c, n = self._config, queries.shape[0]
         start = cache.length_of(layer)
         turns = self._rope.rows(start, start + n)
-        cache.append(layer, self._latents(x, turns))
+        kept = torch.cat((latents[:, None], self._rotated(keys[:, None], turns)), dim=2)
+        cache.append(layer, kept)
         (seen,) = cache.seen(layer, 0, start + n)
         attended = self._arithmetic.attend(
-            self._queries(x, turns), seen, seen[..., : c.kv_rank], self._scale
+            self._absorbed(queries, turns), seen, seen[..., : c.kv_rank], self._scale
         )
         values = [product(attended[:, head]) for head, product in enumerate(self._values)]
-        return self._products["o"](torch.cat(values, dim=1))
+        return torch.cat(values, dim=1)
 
-    def _latents(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-        """What is kept of rows x [n, hidden]: [n, 1, kv_rank + rope_dim]."""
-        c, rows = self._config, self._products["kv_a"](x)
-        assert self._norm is not None
-        latents = self._arithmetic.rms_norm(rows[:, : c.kv_rank], self._norm, c.norm_eps)
-        keys = self._rotated(rows[:, None, c.kv_rank :], turns)
-        return torch.cat((latents[:, None], keys), dim=2)
+    def output(self, mixed: Tensor) -> Tensor:
+        """What `mix` gives → [n, hidden]."""
+        return self._products["o"](mixed)
 
-    def _queries(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-        """The queries of rows x [n, hidden] in the latent's space: [n, heads, as the latents]."""
-        c, products = self._config, self._products
-        if self._query_norm is None:
-            rows = products["q"](x)
-        else:
-            rows = self._arithmetic.rms_norm(products["q_a"](x), self._query_norm, c.norm_eps)
-            rows = products["q_b"](rows)
-        heads = rows.view(x.shape[0], c.heads, c.head_dim)
+    def _absorbed(self, queries: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries [n, heads * head_dim] in the latent's space: [n, heads, kv_rank + rope_dim]."""
+        c = self._config
+        heads = queries.view(-1, c.heads, c.head_dim)
         plain, turned = heads[..., : c.plain_dim], heads[..., c.plain_dim :]
         absorbed = [product(plain[:, head]) for head, product in enumerate(self._keys)]
         return torch.cat((torch.stack(absorbed, 1), self._rotated(turned, turns)), dim=2)

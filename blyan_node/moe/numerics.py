@@ -11,11 +11,14 @@ sum or a transcendental function must be shown to keep it.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from blyan_node.moe.stored import Weight, tiles
+from blyan_node.moe.stored import Scaled, Weight, tiles
+
+Rows = Callable[..., tuple[Tensor, ...]]
 
 ALIGNED_FLOATS = 16
 _ALIGNED_BYTES = 16
@@ -47,7 +50,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [n, k] times weight [m, k] transposed, plus bias [m]: float32 [n, m], row by row.
 
     `weight` is as it is stored, by rows or by columns (a transposed view); the result's bits are
-    those of its float32 values so stored, whatever the tiles in which it is walked.
+    those of its float32 values so stored, whatever the tiles in which it is walked. The scales of
+    one that has them are applied to the sums.
     """
     x, n = align(x), x.shape[0]
     out = aligned(n, weight.shape[0])
@@ -58,6 +62,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
             last = first + tile.shape[0]
             for row in range(n):
                 torch.mv(tile, x[row], out=out[row, first:last])
+    if isinstance(weight, Scaled):
+        out.mul_(weight.scales)
     return out if bias is None else out.add_(bias.float())
 
 
@@ -127,6 +133,21 @@ class Plain:
     def product(self, weight: Weight, bias: Tensor | None = None) -> "PlainProduct":
         """A matrix where it lies, unless it is float32 whose address would change bits."""
         return PlainProduct(align_matrix(weight) if isinstance(weight, Tensor) else weight, bias)
+
+    def steps(self, function: Rows) -> Rows:
+        """The function itself."""
+        return function
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y."""
+        return x + y
+
+    def combine(self, residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """residual [n, h] plus the experts' rows [n, k, h] by weights [n, k], in ascending rank."""
+        total = weights[:, 0, None] * rows[:, 0]
+        for rank in range(1, weights.shape[1]):
+            total = total + weights[:, rank, None] * rows[:, rank]
+        return residual + total
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm of each row of x [n, width]."""

@@ -1,10 +1,30 @@
 """The numeric profile: what must agree for two nodes to compute the same bits."""
 
+from dataclasses import dataclass
+
 from protocols import limits
+from protocols.precision import PUBLISHED, Precision, effective
 
 
-def profile(arithmetic: str, precision: str = "published") -> str:
+def profile(arithmetic: str, precision: Precision = PUBLISHED) -> str:
     """For example `cpu-sums1-published`: device, arithmetic (its `name`), precision of weights."""
-    text = f"cpu-{arithmetic}-{precision}"
+    text = f"cpu-{arithmetic}-{effective(precision).removeprefix('as-')}"
     assert len(text) <= limits.profile_bytes_max
     return text
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The profiles of a node: one arithmetic, in the precision that it holds or in another."""
+
+    arithmetic: str
+    precision: Precision
+
+    @property
+    def own(self) -> str:
+        """The node's: what it advertises and serves."""
+        return self.of(self.precision)
+
+    def of(self, precision: Precision) -> str:
+        """That of a request in `precision`."""
+        return profile(self.arithmetic, precision)

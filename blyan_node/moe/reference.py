@@ -23,12 +23,14 @@ from blyan_node.moe.config import (
 )
 from blyan_node.moe.families import expert_layout, layout
 from blyan_node.moe.numerics import aligned
+from blyan_node.moe.precision import hold
 from blyan_node.moe.rope import RopeTable
-from blyan_node.moe.routing import combine, route
+from blyan_node.moe.routing import route
 from blyan_node.moe.sampling import Sampler
-from blyan_node.moe.stored import widened
-from blyan_node.moe.weights import ReadWeights, by_role, load_part, matrices
+from blyan_node.moe.stored import Scaled, Weight, widened
+from blyan_node.moe.weights import ReadWeights
 from protocols.dag.header import Kind
+from protocols.precision import PUBLISHED, Precision
 
 Weights = Mapping[str, Tensor]  # by role (`blyan_node.moe.layout`)
 
@@ -36,7 +38,13 @@ Weights = Mapping[str, Tensor]  # by role (`blyan_node.moe.layout`)
 class Reference:
     """A whole model in one process."""
 
-    def __init__(self, config: ModelConfig, tensors: ReadWeights, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: ReadWeights,
+        arithmetic: Arithmetic,
+        precision: Precision = PUBLISHED,
+    ) -> None:
         """Loads every subject; raises `Refused` (BAD_MODEL) for what does not fit."""
         self.config = config
         self.arithmetic = arithmetic
@@ -45,8 +53,7 @@ class Reference:
             given = tensors(part.subject)
             if part.kind is Kind.EXPERT:
                 part = expert_layout(config, part.subject, given)
-            stored = matrices(by_role(part, load_part(part, given)))
-            self.parts[part.subject] = {role: widened(one) for role, one in stored.items()}
+            self.parts[part.subject] = _floats(hold(part, given, precision).tensors)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -94,34 +101,48 @@ class _Session:
         """x [n, k] times weight [m, k], transposed, plus bias [m]: [n, m]."""
         return self.rules.product(weight, bias)(x)
 
+    def apply(self, x: Tensor, part: Weights, role: str) -> Tensor:
+        """x [n, k] times the matrix of a role, its scales if it has any, plus its bias: [n, m]."""
+        bias, scales = (
+            part.get(f"{role.removesuffix('_interleaved')}_bias"),
+            part.get(_scales(role)),
+        )
+        if scales is None:
+            return self.linear(x, part[role], bias)
+        out = self.linear(x, part[role]) * scales
+        return out if bias is None else out + bias
+
     def step(self, token: int) -> tuple[Tensor, dict[int, Tensor]]:
         """The next token in; its logits [vocab] and its experts [top_k] by layer out."""
         c, parts = self.model.config, self.model.parts
-        embedding = parts["embed"]["weight"]
-        x = embedding[token : token + 1]  # [1, hidden]
+        embedding = parts["embed"]
+        x = embedding["weight"][token : token + 1]  # [1, hidden]
+        if _scales("weight") in embedding:
+            x = x * embedding[_scales("weight")][token]
         chosen = {}
         for layer, one in enumerate(c.layers):
             part, rope = parts[f"layer{layer}.attention"], self.ropes[one.attention.rope_dim]
             seen = self.rules.rms_norm(x, part["input_norm"], c.norm_eps)
             if isinstance(one.attention, LatentAttention):
-                x = x + self._latent(layer, one.attention, rope, seen)
+                x = self.rules.add(x, self._latent(layer, one.attention, rope, seen))
             else:
-                x = x + self._attention(layer, one.attention, rope, seen)
+                x = self.rules.add(x, self._attention(layer, one.attention, rope, seen))
             seen = self.rules.rms_norm(x, part["output_norm"], c.norm_eps)
             if isinstance(one.feed, DenseFeed):
-                x = x + self._feed_forward(one.feed.activation, parts[f"layer{layer}.mlp"], seen)
+                dense = parts[f"layer{layer}.mlp"]
+                x = self.rules.add(x, self._feed_forward(one.feed.activation, dense, seen))
             else:
                 x, chosen[layer] = self._experts(layer, one.feed, x, seen)
         x = self.rules.rms_norm(x, parts["final"]["weight"], c.norm_eps)
-        head = embedding if c.tied else parts["head"]["weight"]
-        return self.linear(x, head)[0], chosen
+        head = embedding if c.tied else parts["head"]
+        return self.apply(x, head, "weight")[0], chosen
 
     def _attention(self, layer: int, c: GroupedAttention, rope: RopeTable, x: Tensor) -> Tensor:
         """x [1, hidden] → [1, hidden]; the layer's keys and values grow by one."""
         part, eps = self.model.parts[f"layer{layer}.attention"], self.model.config.norm_eps
 
         def project(name: str) -> Tensor:  # [heads, head_dim]
-            rows = self.linear(x, part[name], part.get(f"{name}_bias"))
+            rows = self.apply(x, part, name)
             if c.qk_norm == "whole" and f"{name}_norm" in part:
                 rows = self.rules.rms_norm(rows, part[f"{name}_norm"], eps)
             heads = rows.reshape(-1, c.head_dim)
@@ -142,7 +163,7 @@ class _Session:
             1.0 / math.sqrt(c.head_dim),
             sinks=part.get("sinks"),
         )
-        return self.linear(out.reshape(1, -1), part["o"], part.get("o_bias"))
+        return self.apply(out.reshape(1, -1), part, "o")
 
     def _latent(self, layer: int, c: LatentAttention, rope: RopeTable, x: Tensor) -> Tensor:
         """x [1, hidden] → [1, hidden]; the layer's latents, in `keys`, grow by one."""
@@ -152,16 +173,16 @@ class _Session:
         def turned(rows: Tensor) -> Tensor:  # [n, rope_dim]
             return self.rules.rotate(rows[None], *turn, interleaved=c.interleaved)[0]
 
-        row = self.linear(x, part["kv_a"], part.get("kv_a_bias"))  # [1, kv_rank + rope_dim]
+        row = self.apply(x, part, "kv_a")  # [1, kv_rank + rope_dim]
         latent, key = row[:, : c.kv_rank], row[:, c.kv_rank :]
         latent = self.rules.rms_norm(latent, part["kv_a_norm"], c.norm_eps)
         latents.append(torch.cat((latent, turned(key)), dim=1))
         if c.query_rank is None:
-            query = self.linear(x, part["q"])
+            query = self.apply(x, part, "q")
         else:
-            query = self.linear(x, part["q_a"], part.get("q_a_bias"))
+            query = self.apply(x, part, "q_a")
             query = self.rules.rms_norm(query, part["q_a_norm"], c.norm_eps)
-            query = self.linear(query, part["q_b"])
+            query = self.apply(query, part, "q_b")
         heads = query.reshape(c.heads, -1)  # [heads, plain_dim + rope_dim]
         kv_b = part["kv_b"].view(c.heads, -1, c.kv_rank)
         keys = kv_b[:, : c.plain_dim]  # [heads, plain_dim, kv_rank]
@@ -174,7 +195,7 @@ class _Session:
         scale = rope.score_factor / math.sqrt(c.head_dim)
         out = self.rules.attend(query[None], seen, seen[..., : c.kv_rank], scale)
         rows = [self.linear(out[:, h], values[h]) for h in range(c.heads)]  # of [1, kv_rank]
-        return self.linear(torch.cat(rows, dim=1), part["o"], part.get("o_bias"))
+        return self.apply(torch.cat(rows, dim=1), part, "o")
 
     def _experts(
         self, layer: int, c: MoeFeed, residual: Tensor, x: Tensor
@@ -189,21 +210,39 @@ class _Session:
             self._feed_forward(c.activation, parts[f"layer{layer}.expert{expert}"], x)
             for expert in experts[0]
         ]
-        out = combine(residual, weights, torch.stack(rows, dim=1))  # rows: [1, top_k, hidden]
+        out = self.rules.combine(
+            residual, weights, torch.stack(rows, dim=1)
+        )  # rows: [1, top_k, hidden]
         if c.shared_intermediate:
-            out = out + self._feed_forward(c.activation, parts[f"layer{layer}.shared"], x)
+            shared = self._feed_forward(c.activation, parts[f"layer{layer}.shared"], x)
+            out = self.rules.add(out, shared)
         return out, experts[0]
 
     def _feed_forward(self, activation: Activation, w: Weights, x: Tensor) -> Tensor:
         """One expert's unweighted result, or a dense network's: x [1, hidden] → [1, hidden]."""
         if isinstance(activation, ClampedGate):
-            both = self.linear(x, w["gate_up_interleaved"], w["gate_up_bias"])
+            both = self.apply(x, w, "gate_up_interleaved")
             active = self.rules.clamped(both, activation.limit, activation.alpha)
         elif "gate" in w:
-            active = self.rules.swiglu(self.linear(x, w["gate"]), self.linear(x, w["up"]))
+            active = self.rules.swiglu(self.apply(x, w, "gate"), self.apply(x, w, "up"))
         else:
-            active = self.rules.swiglu(*self.linear(x, w["gate_up"]).chunk(2, dim=1))
-        return self.linear(active, w["down"], w.get("down_bias"))
+            active = self.rules.swiglu(*self.apply(x, w, "gate_up").chunk(2, dim=1))
+        return self.apply(active, w, "down")
+
+
+def _floats(held: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Everything in float32; a matrix with scales becomes its codes, and the scales beside it."""
+    floats = {}
+    for role, weight in held.items():
+        if isinstance(weight, Scaled):
+            floats[role], floats[_scales(role)] = weight.codes.float(), weight.scales
+        else:
+            floats[role] = widened(weight)
+    return floats
+
+
+def _scales(role: str) -> str:
+    return f"{role} scales"
 
 
 def _by_head(rows: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a router's logits to experts and weights, and from the experts' rows to a layer's output."""
+"""From a router's logits to experts and weights."""
 
 import math
 
@@ -81,14 +81,6 @@ def _in_best_groups(scores: Tensor, routing: Routing) -> Tensor:
     chosen = _best(two[..., 0] + two[..., 1], routing.groups_chosen)
     left_out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, chosen, False)
     return grouped.masked_fill(left_out[..., None], -math.inf).view(scores.shape)
-
-
-def combine(residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """residual [n, h] plus the experts' rows [n, k, h] by weights [n, k], in ascending rank."""
-    total = weights[:, 0, None] * rows[:, 0]
-    for rank in range(1, weights.shape[1]):
-        total = total + weights[:, rank, None] * rows[:, rank]
-    return residual + total
 
 
 def _total(weights: Tensor) -> Tensor:

@@ -66,8 +66,11 @@ class Scaled:
         self.shape = (codes.shape[0], codes.shape[1])
 
     def widen(self, first: int, last: int, out: Tensor) -> None:
-        """Writes the rows [first, last), rounded, into `out`, float32 [last - first, in]."""
-        out.copy_(self.codes[first:last]).mul_(self.scales[first:last, None])
+        """Writes the codes of rows [first, last) into `out`, float32 [last - first, in].
+
+        The scales belong after the sums (docs/sums.md).
+        """
+        out.copy_(self.codes[first:last])
 
 
 Weight = Tensor | Mxfp4 | Scaled
@@ -107,7 +110,8 @@ _scratch = _Scratch()
 def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
     """The float32 tiles of a matrix that is stored by rows, each with the row that it begins at.
 
-    They are for a product with `rows` rows; each is valid until the next.
+    They are for a product with `rows` rows; each is valid until the next. Of a scaled matrix they
+    are of its codes.
     """
     count, width = weight.shape
     in_place = isinstance(weight, Tensor) and weight.dtype == torch.float32
@@ -132,4 +136,13 @@ def widened(weight: Weight) -> Tensor:
         return weight.float()
     out = torch.empty(weight.shape)
     weight.widen(0, weight.shape[0], out)
-    return out
+    return out.mul_(weight.scales[:, None]) if isinstance(weight, Scaled) else out
+
+
+def rows_of(weight: Weight, numbers: Tensor) -> Tensor:
+    """The rows of these numbers, int64 [n], of a matrix: float32 [n, in]."""
+    if isinstance(weight, Scaled):
+        codes = weight.codes.view(torch.uint8)[numbers].view(weight.codes.dtype)
+        return codes.float().mul_(weight.scales[numbers, None])
+    assert isinstance(weight, Tensor), "no family looks rows of MXFP4 up"
+    return weight[numbers].float()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blyan_node.moe.arithmetic import Arithmetic, Product
+from blyan_node.moe.arithmetic import Arithmetic, Rows
 from blyan_node.moe.attention import Grouped
 from blyan_node.moe.cache import KVCache, bytes_of
 from blyan_node.moe.config import (
@@ -26,20 +26,15 @@ from blyan_node.moe.config import (
 from blyan_node.moe.families import layout
 from blyan_node.moe.feed import FeedForward
 from blyan_node.moe.latent import Latent
+from blyan_node.moe.precision import hold
 from blyan_node.moe.rope import RopeTable
-from blyan_node.moe.routing import combine, route
-from blyan_node.moe.stored import Weight
-from blyan_node.moe.weights import (
-    ReadWeights,
-    by_role,
-    copied_bytes,
-    load_part,
-    matrices,
-    stored_bytes,
-    vector,
-)
+from blyan_node.moe.routing import route
+from blyan_node.moe.stored import Weight, rows_of
+from blyan_node.moe.weights import ReadWeights, vector
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
+from protocols.ids import Subject
+from protocols.precision import PUBLISHED, Precision
 
 PREFILL_ROWS = 32
 Parts = dict[str, dict[str, Weight]]
@@ -66,34 +61,43 @@ class Attended:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    input_norm: Tensor
-    output_norm: Tensor
-    attend: Callable[[int, Tensor, KVCache], Tensor]
+    """A layer in three pieces; the one in the middle needs the positions before."""
+
+    before: Rows  # x → what goes into the attention
+    mix: Callable[[int, Sequence[Tensor], KVCache], Tensor]
+    after: Rows  # x and what was mixed → output; or residual, normed, logits, shared experts
     feed: Feed
-    router: Product | None  # None in a dense layer
     correction: Tensor | None  # of the router
-    network: FeedForward | None  # of a dense layer, or the shared experts
 
 
 class Trunk:
     """The trunk and routers of one model at one root, loaded."""
 
-    def __init__(self, config: ModelConfig, tensors: ReadWeights, arithmetic: Arithmetic) -> None:
-        """Loads everything but the experts; raises `Refused` (BAD_MODEL) for what does not fit."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: ReadWeights,
+        arithmetic: Arithmetic,
+        precision: Precision = PUBLISHED,
+    ) -> None:
+        """Loads everything but the experts; raises `Refused` (BAD_MODEL) for what does not fit.
+
+        `bytes` is what it takes in memory, `copied` how much of that was copied to load it;
+        `converted` are the subjects whose published form is not needed any more.
+        """
         self.config = config
         self._arithmetic = arithmetic
         self.bytes = self.copied = 0
+        self.converted: list[Subject] = []
         parts: Parts = {}
         for part in layout(config):
             if part.kind is not Kind.EXPERT:
-                given = tensors(part.subject)
-                loaded = load_part(part, given, arithmetic.aligned_bytes)
-                self.bytes += stored_bytes(loaded)
-                self.copied += copied_bytes(loaded, given)
-                parts[part.subject] = matrices(by_role(part, loaded))
-        embedding = parts["embed"]["weight"]
-        assert isinstance(embedding, Tensor)
-        self._embedding = embedding
+                held = hold(part, tensors(part.subject), precision, arithmetic.aligned_bytes)
+                self.bytes += held.bytes
+                self.copied += held.copied
+                self.converted += [part.subject] if held.converted else []
+                parts[part.subject] = held.tensors
+        self._embedding = embedding = parts["embed"]["weight"]
         self._final_norm = _norm(parts["final"], "weight")
         self._head = arithmetic.product(embedding if config.tied else parts["head"]["weight"])
         self._ropes: dict[int, RopeTable] = {}
@@ -111,17 +115,28 @@ class Trunk:
         else:
             loaded = Grouped(attention, given, rope, self.config.norm_eps, arithmetic)
         here = f"layer{number}.mlp" if isinstance(feed, DenseFeed) else f"layer{number}.shared"
+        network = FeedForward(feed.activation, parts[here], arithmetic) if here in parts else None
         router = parts.get(f"layer{number}.router")
+        chooser = arithmetic.product(router["weight"], vector(router, "bias")) if router else None
+        norms, eps = (_norm(given, "input_norm"), _norm(given, "output_norm")), self.config.norm_eps
+
+        def before(x: Tensor) -> tuple[Tensor, ...]:
+            return loaded.project(arithmetic.rms_norm(x, norms[0], eps))
+
+        def after(x: Tensor, mixed: Tensor) -> tuple[Tensor, ...]:
+            residual = arithmetic.add(x, loaded.output(mixed))
+            normed = arithmetic.rms_norm(residual, norms[1], eps)
+            here = () if network is None else (network.apply(normed),)
+            if chooser is None:
+                return (arithmetic.add(residual, *here),)
+            return residual, normed, chooser(normed), *here
+
         return _Layer(
-            input_norm=_norm(given, "input_norm"),
-            output_norm=_norm(given, "output_norm"),
-            attend=loaded.apply,
+            before=arithmetic.steps(before),
+            mix=loaded.mix,
+            after=arithmetic.steps(after),
             feed=feed,
-            router=router and arithmetic.product(router["weight"], vector(router, "bias")),
-            correction=router and vector(router, "correction"),
-            network=FeedForward(feed.activation, parts[here], arithmetic)
-            if here in parts
-            else None,
+            correction=vector(router, "correction") if router else None,
         )
 
     def new_cache(self, positions: int | None = None) -> KVCache:
@@ -152,22 +167,19 @@ class Trunk:
                     f"token id {one}",
                     f"the model's vocabulary has {self.config.vocab} tokens",
                 )
-        return self._embedding[torch.tensor(list(ids), dtype=torch.int64)].float()
+        return rows_of(self._embedding, torch.tensor(list(ids), dtype=torch.int64))
 
     @torch.inference_mode()
     def attend(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
         """Attention and routing of one layer for the next rows x [n, hidden] of a session."""
-        eps, part, arithmetic = self.config.norm_eps, self._layers[layer], self._arithmetic
-        residual = x + part.attend(layer, arithmetic.rms_norm(x, part.input_norm, eps), cache)
-        normed = arithmetic.rms_norm(residual, part.output_norm, eps)
-        here = None if part.network is None else part.network.apply(normed)
-        if isinstance(part.feed, MoeFeed):
-            assert part.router is not None
-            logits, feed = part.router(normed), part.feed
-            chosen = route(arithmetic, logits, feed.top_k, feed.routing, part.correction)
-            return Attended(layer, residual, Routed(normed, *chosen), here)
-        assert here is not None
-        return Attended(layer, residual + here, None)
+        part = self._layers[layer]
+        residual, *more = part.after(x, part.mix(layer, part.before(x), cache))
+        if not isinstance(part.feed, MoeFeed):
+            return Attended(layer, residual, None)
+        normed, logits, *shared = more
+        feed, arithmetic = part.feed, self._arithmetic
+        chosen = route(arithmetic, logits, feed.top_k, feed.routing, part.correction)
+        return Attended(layer, residual, Routed(normed, *chosen), *shared)
 
     @torch.inference_mode()
     def walk(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
@@ -189,8 +201,9 @@ class Trunk:
         The sum's order: (residual + experts in ascending rank) + shared experts.
         """
         assert attended.routed is not None
-        out = combine(attended.residual, attended.routed.weights, rows)
-        return out if attended.shared is None else out + attended.shared
+        weights = attended.routed.weights.contiguous()
+        out = self._arithmetic.combine(attended.residual, weights, rows)
+        return out if attended.shared is None else self._arithmetic.add(out, attended.shared)
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:

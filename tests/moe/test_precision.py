@@ -140,7 +140,7 @@ def test_what_is_too_large_is_refused_by_name(kind: Precision, value: float) -> 
         convert(torch.tensor([[1.0, -value]]), kind, "w1")
 
 
-def test_a_scaled_matrix_is_widened_in_tiles_to_codes_times_scales(
+def test_tiles_of_a_scaled_matrix_are_of_its_codes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stored, "TILE_FLOATS", 64)
@@ -151,5 +151,7 @@ def test_a_scaled_matrix_is_widened_in_tiles_to_codes_times_scales(
         whole = widened(made)
         assert torch.equal(whole, made.codes.float() * made.scales[:, None])
         tiles = {first: tile.clone() for first, tile in stored.tiles(made, 1)}
-        assert len(tiles) > 1 and torch.equal(torch.cat(list(tiles.values())), whole)
+        assert len(tiles) > 1 and torch.equal(torch.cat(list(tiles.values())), made.codes.float())
+        numbers = torch.tensor([149, 0, 149, 7])
+        assert torch.equal(stored.rows_of(made, numbers), whole[numbers])
         assert (whole - weight).abs().max() < 0.1

@@ -5,13 +5,17 @@ thread that calls and the number of threads that share the work.
 """
 
 import ctypes
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from blyan_node.moe.kernels import attention, compiler, objects
+from blyan_node.moe.kernels.compiler import Kernel
 from blyan_node.moe.kernels.matrix import Buffer, Matrix, address
+from blyan_node.moe.kernels.recording import Recorder
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target, runnable
 from blyan_node.moe.kernels.workers import Workers
@@ -26,6 +30,8 @@ LINEAR = (_PLACE, _PLACE, _COUNT, _COUNT, _PLACE, _COUNT, _COUNT, _COUNT)
 
 _ROWS = (_PLACE, _COUNT)
 _EPILOGUES = {
+    "add": (*_ROWS * 3, _COUNT, _COUNT),
+    "combine": (*_ROWS * 3, _COUNT, _COUNT, _PLACE, _COUNT),
     "swiglu": (*_ROWS * 3, _COUNT, _COUNT),
     "gpt_oss": (*_ROWS * 2, _COUNT, _COUNT, _NUMBER, _NUMBER),
     "rms_norm": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _NUMBER),
@@ -59,8 +65,10 @@ class Kernels:
             name: self._code.function(f"call_{name}", arguments)
             for name, arguments in _EPILOGUES.items()
         }
-        self._read = self._code.function("call_read", (_PLACE, _COUNT, _PLACE))
-        self._attend = self._code.function("call_attend", (_PLACE, _COUNT, _COUNT))
+        run = self._code.function("call_run", (_PLACE, _COUNT)).call
+        self.recorder = Recorder(run if threads == 1 else None)
+        self._read = self._code.function("call_read", (_PLACE, _COUNT, _PLACE)).call
+        self._attend = self._code.function("call_attend", (_PLACE, _COUNT, _COUNT)).call
 
     def close(self) -> None:
         """Ends the threads that share the work; what is called later runs on the calling one."""
@@ -79,18 +87,41 @@ class Kernels:
         are left as they are.
         """
         rows, outs, depth = x.shape[0], matrix.outs, matrix.depth
-        out = torch.empty(rows, outs) if out is None else out
+        out = self._empty(rows, outs) if out is None else out
         begin, end = span or (0, outs)
         assert x.shape == (rows, depth) and out.shape == (rows, outs) and 0 <= begin <= end <= outs
-        functions = self._columns if matrix.by_columns else self._linear
-        function, place = functions[matrix.storage.name], matrix.place
-        (x_at, x_stride), (out_at, out_stride) = _rows(x), _rows(out)
+        kernel = (self._columns if matrix.by_columns else self._linear)[matrix.storage.name]
+        given = (matrix.place, *_rows(x), rows, *_rows(out))
+        if self._workers.threads == 1:
+            kernel.call(*given, begin, end)
+        else:
+            self._share(kernel, given, (begin, end), rows * depth)
+        if self.recorder.active is not None:
+            share = partial(self._share, kernel, given, (begin, end), rows * depth)
+            self.recorder.active.add(kernel.address, (*given, begin, end), share, matrix)
+        return out
+
+    def _share(
+        self, kernel: Kernel, given: Sequence[int], span: tuple[int, int], products: int
+    ) -> None:
+        """Has the columns of a span, of so many products each, computed by all threads."""
+        begin, end = span
 
         def part(first: int, last: int) -> None:
-            function(place, x_at, x_stride, rows, out_at, out_stride, begin + first, begin + last)
+            kernel.call(*given, begin + first, begin + last)
 
-        self._workers.share(part, end - begin, rows * depth * (end - begin), _COLUMNS_STEP)
-        return out
+        self._workers.share(part, end - begin, products * (end - begin), _COLUMNS_STEP)
+
+    def _empty(self, *shape: int) -> Tensor:
+        recording = self.recorder.active
+        return torch.empty(shape) if recording is None else recording.empty(*shape)
+
+    def _call(self, name: str, *given: int | float, weights: object = None) -> None:
+        kernel = self._epilogues[name]
+        kernel.call(*given)
+        if self.recorder.active is not None:
+            share = partial(kernel.call, *given)
+            self.recorder.active.add(kernel.address, given, share, weights)
 
     def read(self, buffer: Buffer, length: int) -> int:
         """Reads `length` bytes and does next to nothing: the limit of every product of one row."""
@@ -98,10 +129,30 @@ class Kernels:
         self._read(address(buffer), length, ctypes.addressof(found))
         return found.value
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, both [n, width]."""
+        out = self._empty(*x.shape)
+        assert x.shape == y.shape
+        self._call("add", *_rows(out), *_rows(x), *_rows(y), *x.shape)
+        return out
+
+    def combine(self, residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """residual [n, width] + the sum of rows [n, k, width] by weights [n, k], k ascending."""
+        n, ranks, width = rows.shape
+        assert weights.shape == (n, ranks) and residual.shape == (n, width) and ranks > 0
+        assert weights.is_contiguous() and rows.is_contiguous() and weights.dtype == torch.float32
+        assert self.recorder.active is None  # the weights are other ones for each row
+        out = self._empty(n, width)
+        self._call(
+            "combine", *_rows(out), *_rows(residual), *_rows(rows.view(n, ranks * width)),
+            n, width, weights.data_ptr(), ranks,
+        )  # fmt: skip
+        return out
+
     def swiglu(self, gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
         """SiLU(gate) · up, both [n, width]."""
-        out = torch.empty(gate.shape) if out is None else out
-        self._epilogues["swiglu"](*_rows(out), *_rows(gate), *_rows(up), *gate.shape)
+        out = self._empty(*gate.shape) if out is None else out
+        self._call("swiglu", *_rows(out), *_rows(gate), *_rows(up), *gate.shape)
         return out
 
     def gpt_oss(
@@ -112,28 +163,36 @@ class Kernels:
         gate is clamped to at most `limit`, up to ± `limit`.
         """
         n, width = both.shape[0], both.shape[1] // 2
-        out = torch.empty(n, width) if out is None else out
-        self._epilogues["gpt_oss"](*_rows(out), *_rows(both), n, width, limit, alpha)
+        out = self._empty(n, width) if out is None else out
+        self._call("gpt_oss", *_rows(out), *_rows(both), n, width, float(limit), float(alpha))
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """x · (1 / √(mean of squares + eps)) · weight, for each row of x [n, width]."""
         assert weight.dtype == torch.float32 and weight.is_contiguous()
         assert weight.shape == x.shape[1:]
-        out = torch.empty(x.shape) if out is None else out
-        self._epilogues["rms_norm"](*_rows(out), *_rows(x), *x.shape, weight.data_ptr(), eps)
+        out = self._empty(*x.shape) if out is None else out
+        self._call(
+            "rms_norm",
+            *_rows(out),
+            *_rows(x),
+            *x.shape,
+            weight.data_ptr(),
+            float(eps),
+            weights=weight,
+        )
         return out
 
     def softmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Softmax of each row of x [n, width]; `out` may be `x`."""
-        out = torch.empty(x.shape) if out is None else out
-        self._epilogues["softmax"](*_rows(out), *_rows(x), *x.shape)
+        out = self._empty(*x.shape) if out is None else out
+        self._call("softmax", *_rows(out), *_rows(x), *x.shape)
         return out
 
     def sigmoid(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """1 / (1 + e^-x) of x [n, width]; `out` may be `x`."""
-        out = torch.empty(x.shape) if out is None else out
-        self._epilogues["sigmoid"](*_rows(out), *_rows(x), *x.shape)
+        out = self._empty(*x.shape) if out is None else out
+        self._call("sigmoid", *_rows(out), *_rows(x), *x.shape)
         return out
 
     def rotate(
@@ -151,13 +210,14 @@ class Kernels:
         `out` takes it: float32 [n, heads, dim] of any strides but the last.
         """
         n, heads, dim = x.shape
+        assert self.recorder.active is None  # the angles are other ones for each row
         out = torch.empty(n, heads, dim) if out is None else out
         for angles in (cos, sin):
             assert angles.dtype == torch.float32 and angles.is_contiguous()
             assert angles.shape == (n, dim // 2) and dim % 2 == 0
         for rows in (x, out):
             assert rows.dtype == torch.float32 and rows.stride(2) == 1 and rows.shape == x.shape
-        self._epilogues["rotate_pairs" if interleaved else "rotate_halves"](
+        self._epilogues["rotate_pairs" if interleaved else "rotate_halves"].call(
             out.data_ptr(), 4 * out.stride(0), x.data_ptr(), 4 * x.stride(0), n, dim // 2,
             cos.data_ptr(), sin.data_ptr(), 2 * dim, heads, 4 * out.stride(1), 4 * x.stride(1),
         )  # fmt: skip
@@ -183,6 +243,7 @@ class Kernels:
         assert keys.shape == (kv_heads, seen, dim) and heads % kv_heads == 0 and seen >= n > 0
         assert keys.stride(2) == values.stride(2) == query.stride(2) == 1
         assert keys.dtype == values.dtype == query.dtype == torch.float32
+        assert self.recorder.active is None  # there are more positions for each row
         out, scores = torch.empty(n, heads, value_dim), torch.empty(heads, seen + 1)
         factor, group = ctypes.c_float(scale), heads // kv_heads
         parts = _parts(group, -(-self._workers.threads // kv_heads))

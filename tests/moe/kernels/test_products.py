@@ -156,7 +156,7 @@ def test_a_broken_kernel_is_noticed(
     machine = compiler.machine(target)
     code = compiler.Code(target, machine.emit_object(compiler.optimise(str(module), machine)))
     found = np.zeros((5, 9), np.float32)
-    code.function("call_linear_float32", LINEAR)(
+    code.function("call_linear_float32", LINEAR).call(
         matrix.place, x.ctypes.data, 4 * 75, 5, found.ctypes.data, 4 * 9, 0, 9
     )
     assert np.isfinite(found).all()
