@@ -3,14 +3,16 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import msgspec
 
-from blyan_node.bench.rows import Row
+from blyan_node.bench.rows import Row, missing
 from protocols.errors import RemoteProtocolError
 
-# The module of each measurement; it has `measure()`, which gives or yields rows.
+# Where each measurement is: a module, and its function if that is not `measure`. It gives or yields
+# rows.
 MEASUREMENTS = {
     "verify-1000": "verifying",
     "open-100000": "opening",
@@ -20,8 +22,12 @@ MEASUREMENTS = {
     "gossip-16": "gossiping",
     "idle": "idling",
     "kernels": "kernels",
-    "decode-float32": "decoding",
+    "kernels-start": "kernels_start",
+    "decode-float32": "decoding:float32",
+    "decode-16bit": "decoding:sixteen_bit",
+    "decode-8bit": "decoding:eight_bit",
     "decode-swarm": "swarm",
+    "prefill": "prefilling",
     "widening": "widening",
     "memory": "memory",
     "scale": "scale",
@@ -44,15 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
-    for name in arguments.names:
-        if name not in MEASUREMENTS:
-            known = ", ".join(MEASUREMENTS)
-            raise RemoteProtocolError(f"bench {name[:40]}", f"there is none; there are {known}")
+    names = list(dict.fromkeys(name for given in arguments.names for name in meant(given)))
     report = Report([])
-    for name in arguments.names or [name for name in MEASUREMENTS if name not in WHEN_NAMED]:
+    for name in names or [name for name in MEASUREMENTS if name not in WHEN_NAMED]:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
-        module = importlib.import_module(f"blyan_node.bench.{MEASUREMENTS[name]}")
-        for row in module.measure():
+        for row in measurement(name)():
             report.rows.append(row)
             if not arguments.json:
                 print(line(row), flush=True)
@@ -61,11 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def meant(given: str) -> list[str]:
+    """The measurements of that name, or those whose names begin with it: `decode`."""
+    if given in MEASUREMENTS:
+        return [given]
+    found = [name for name in MEASUREMENTS if name.startswith(f"{given}-")]
+    if not found:
+        known = ", ".join(MEASUREMENTS)
+        raise RemoteProtocolError(f"bench {given[:40]}", f"there is none; there are {known}")
+    return found
+
+
+def measurement(name: str) -> Callable[[], Iterable[Row]]:
+    """What takes the measurement of that name."""
+    module, _, function = MEASUREMENTS[name].partition(":")
+    found = getattr(importlib.import_module(f"blyan_node.bench.{module}"), function or "measure")
+    return cast(Callable[[], Iterable[Row]], found)
+
+
 def line(row: Row) -> str:
     """A row for people."""
     beside = ", ".join(
-        f"{name} {'not installed' if value is None else value}"
-        for name, value in row.beside.items()
+        f"{name} {missing(name) if value is None else value}" for name, value in row.beside.items()
     )
     ratio = "" if row.ratio is None else f"  = {row.ratio} x"
     return f"{row.name:16} {row.value} {row.unit}  beside {beside}{ratio}  (goal: {row.goal})"

@@ -1,58 +1,123 @@
-"""`decode-float32`: tokens/s of one daemon that holds everything, on one thread."""
+"""`decode-float32`, `decode-16bit`, `decode-8bit`: tokens/s of one process on one thread.
 
-import importlib.util
-import subprocess
-import sys
+Ours is a daemon that holds the whole model, asked over its RPC. Beside it, in turn: llama.cpp and
+transformers on the same weights, and how often in a second memory could be read as far as a token
+needs it.
+"""
+
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+import torch
+
+from blyan_node.bench import peers
 from blyan_node.bench.models import write_model
 from blyan_node.bench.nets import PROMPT, decode_rate, serving_net
-from blyan_node.bench.rows import Row, alternate, row
+from blyan_node.bench.rows import Row, alternate, row, seconds
+from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.config import MoeFeed
+from blyan_node.moe.families import layout
+from blyan_node.moe.kernels.library import load
+from blyan_node.moe.kernels.objects import user_folder
+from blyan_node.testing.daemons import Testnet
+from protocols.dag.header import Kind
+from protocols.ids import parse_subject
+from protocols.precision import PUBLISHED, Precision
 from protocols.tensors.manifest import Dtype
 
 RUNS = 5
 TOKENS = 48
-TRANSFORMERS = "transformers float32 (pip install 'blyan-node[test]')"
+READ_BYTES = 64 << 20
+TRANSFORMERS, MEMORY = "transformers float32", "reading its weights"
 
 
-def measure() -> list[Row]:
-    """Float32 weights, as published; the peer runs in a process of its own."""
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blyan-bench-")))
-        model = write_model(scratch / "model", Dtype.F32)
-        net = stack.enter_context(serving_net(scratch / "net", model, ["main"], hold="auto"))
+@dataclass(frozen=True)
+class Case:
+    """One precision: how the model is published and held, and what is beside it."""
+
+    name: str
+    published: Dtype
+    precision: Precision
+    weight_bytes: int
+    llama: tuple[str, ...]  # kinds of GGML's, the one that the goal names first
+    goal: str
+
+
+FLOAT32 = Case("decode-float32", Dtype.F32, PUBLISHED, 4, ("F32",), ">= 1.0, 2.4, 0.6")
+SIXTEEN = Case("decode-16bit", Dtype.BF16, PUBLISHED, 2, ("F16", "BF16"), ">= 1.1, 1.1, 4, 0.6")
+EIGHT = Case("decode-8bit", Dtype.BF16, "int8", 1, ("Q8_0",), ">= 1.5, 8, 0.6")
+
+
+def float32() -> list[Row]:
+    """Float32 weights, as published."""
+    return [_measure(FLOAT32)]
+
+
+def sixteen_bit() -> list[Row]:
+    """Bfloat16 weights, as published; llama.cpp has them in either form of 16 bits."""
+    return [_measure(SIXTEEN)]
+
+
+def eight_bit() -> list[Row]:
+    """The same weights held in int8; llama.cpp has its own 8 bits of them."""
+    return [_measure(EIGHT)]
+
+
+def _measure(case: Case) -> Row:
+    with loaded(case) as (net, beside, model):
         measures: dict[str, Callable[[], float]] = {"ours": lambda: decode_rate(net, TOKENS)}
-        if importlib.util.find_spec("transformers"):
-            measures["peer"] = stack.enter_context(transformers_peer(model))
+        for name, peer in beside.items():
+            if peer is not None:
+                measures[name] = lambda peer=peer: peer.run(len(PROMPT), TOKENS).decode  # type: ignore[misc]
+        measures[MEMORY] = _reading(token_weights(model) * case.weight_bytes)
         medians = alternate(RUNS, **measures)
-    beside = {TRANSFORMERS: medians.get("peer")}
-    goal = "ratio >= 2.4 (with contract kernels, a later step)"
-    return [row("decode-float32", "tokens/s", medians["ours"], beside=beside, goal=goal, runs=RUNS)]
+    return row(
+        case.name,
+        "tokens/s",
+        medians["ours"],
+        beside={name: medians.get(name) for name in (*beside, MEMORY)},
+        goal=f"{case.goal} times these, in their order",
+        runs=RUNS,
+    )
 
 
 @contextmanager
-def transformers_peer(model: Path) -> Iterator[Callable[[], float]]:
-    """A call that decodes as many tokens with `transformers` on one thread, in tokens/s."""
-    command = [sys.executable, "-m", "blyan_node.bench.transformers_peer", str(model), "1"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        into, out = process.stdin, process.stdout
-        if out.readline().strip() != "ready":
-            raise RuntimeError("transformers did not load the model")
+def loaded(
+    case: Case, dtype: str = "float32"
+) -> Iterator[tuple[Testnet, dict[str, peers.Peer | None], Path]]:
+    """A daemon, the peers by what they are called, and the model's directory."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blyan-bench-")))
+        model = write_model(scratch / "model", case.published)
+        net = serving_net(scratch / "net", model, ["main"], hold="auto", precision=case.precision)
+        beside = {
+            f"llama.cpp {kind}": stack.enter_context(peers.llama_cpp(model, kind))
+            for kind in case.llama
+        }
+        beside[f"transformers {dtype}"] = stack.enter_context(peers.transformers(model, dtype))
+        yield stack.enter_context(net), beside, model
 
-        def decode() -> float:
-            into.write(f"{len(PROMPT)} {TOKENS}\n")
-            into.flush()
-            return float(out.readline())
 
-        yield decode
-        into.close()
+def token_weights(model: Path) -> int:
+    """How many weights of matrices one token takes part in, its embedding not counted."""
+    config = Checkpoint.open(model).config
+    count = prod((config.vocab, config.hidden)) if config.tied else 0
+    for part in layout(config):
+        sizes = sum(prod(tensor.shape) for tensor in part.tensors if len(tensor.shape) > 1)
+        if part.kind is Kind.EXPERT:
+            feed = config.layers[parse_subject(part.subject).layer or 0].feed
+            assert isinstance(feed, MoeFeed)
+            count += sizes * feed.top_k // feed.experts
+        elif part.subject != "embed":
+            count += sizes
+    return count
+
+
+def _reading(size: int) -> Callable[[], float]:
+    """How often in a second so many bytes can be read, by one thread that does nothing else."""
+    kernels, memory = load(user_folder()), torch.ones(READ_BYTES // 4)
+    return lambda: READ_BYTES / size / seconds(lambda: kernels.read(memory, READ_BYTES))

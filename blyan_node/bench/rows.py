@@ -30,6 +30,12 @@ class Row(msgspec.Struct, frozen=True):
 
 Measure = Callable[[], float]
 
+# How to get the peers that are installed by those who want them, by the first word of their names.
+_GET = {
+    "transformers": "pip install 'blyan-node[test]'",
+    "llama.cpp": "pip install 'blyan-node[demo]' && npm install --ignore-scripts node-llama-cpp",
+}
+
 
 def alternate(runs: int, **measures: Measure) -> dict[str, float]:
     """Calls each measure `runs` times, in turn, after one round that does not count: medians."""
@@ -82,6 +88,12 @@ def row(
         goal=goal,
         runs=runs,
     )
+
+
+def missing(name: str) -> str:
+    """What a report says of a peer that was not measured."""
+    how = _GET.get(name.partition(" ")[0])
+    return f"not installed ({how})" if how else "not on this machine"
 
 
 def _short(value: float) -> float:

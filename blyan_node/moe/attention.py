@@ -1,13 +1,16 @@
 """Attention of the next rows of a session, as the trunk computes it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from blyan_node.moe import numerics
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.config import GroupedAttention
+from blyan_node.moe.rope import RopeTable
+from blyan_node.moe.stored import Weight
+from blyan_node.moe.weights import vector
 
 
 class Grouped:
@@ -16,42 +19,61 @@ class Grouped:
     def __init__(
         self,
         config: GroupedAttention,
-        tensors: Mapping[str, Tensor],
-        rope: numerics.RopeTable,
+        tensors: Mapping[str, Weight],
+        rope: RopeTable,
         norm_eps: float,
+        arithmetic: Arithmetic,
     ) -> None:
         """`tensors` by role (`blyan_node.moe.layout`)."""
         self._config, self._rope, self._eps = config, rope, norm_eps
-        self._tensors = tensors
+        self._arithmetic = arithmetic
+        self._products = {
+            name: arithmetic.product(tensors[name], vector(tensors, f"{name}_bias"))
+            for name in "qkvo"
+        }
+        self._norms = {name: vector(tensors, f"{name}_norm") for name in "qkv"}
+        self._sinks = vector(tensors, "sinks")
+        self._scale = 1.0 / math.sqrt(config.head_dim)
 
-    def apply(self, layer: int, x: Tensor, cache: KVCache) -> Tensor:
-        """Normed rows x [n, hidden] → [n, hidden]; their keys and values go into the cache."""
-        c, n = self._config, x.shape[0]
-        q, k, v = (self._project(name, x) for name in "qkv")
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normed rows x [n, hidden] → queries, keys and values [n, heads * head_dim]."""
+        return tuple(self._project(name, x) for name in "qkv")
+
+    def mix(self, layer: int, projected: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """What `project` gives → [n, heads * head_dim]; keys and values go into the cache."""
+        c, n = self._config, projected[0].shape[0]
         start = cache.length_of(layer)
-        turns = [self._rope.at(start + row) for row in range(n)]
-        k = torch.stack([numerics.rotate(k[row], *turns[row]) for row in range(n)])
-        cache.append(layer, k, v)
-        out = numerics.aligned(n, c.heads * c.head_dim)
-        for row in range(n):
-            last = start + row + 1
-            first = 0 if c.window is None else max(0, last - c.window)
-            keys, values = cache.seen(layer, first, last)
-            query = numerics.rotate(q[row], *turns[row])
-            seen = numerics.attention_row(
-                query, keys, values, c.head_dim**-0.5, self._tensors.get("sinks")
-            )
-            out[row] = seen.reshape(-1)
-        return numerics.linear(out, self._tensors["o"], self._tensors.get("o_bias"))
+        last = start + n
+        turns = self._rope.rows(start, last)
+        query, key, value = (self._by_head(rows) for rows in projected)
+        cache.append(layer, self._arithmetic.rotate(key, *turns), value)
+        first = 0 if c.window is None else max(0, start + 1 - c.window)
+        keys, values = cache.seen(layer, first, last)
+        out = self._arithmetic.attend(
+            self._arithmetic.rotate(query, *turns),
+            keys,
+            values,
+            self._scale,
+            window=c.window,
+            sinks=self._sinks,
+        )
+        return out.view(n, -1)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """What `mix` gives → [n, hidden]."""
+        return self._products["o"](mixed)
 
     def _project(self, name: str, x: Tensor) -> Tensor:
-        """Queries, keys or values [n, heads, head_dim], not yet rotated."""
-        c, w = self._config, self._tensors
-        rows = numerics.linear(x, w[name], w.get(f"{name}_bias"))
-        norm = w.get(f"{name}_norm")
-        if norm is not None and c.qk_norm == "whole":
-            rows = numerics.rms_norm(rows, norm, self._eps)
-        heads = rows.reshape(x.shape[0], -1, c.head_dim)
-        if norm is not None and c.qk_norm == "head":
-            heads = numerics.rms_norm(heads, norm, self._eps)
+        """Queries, keys or values, normed but not yet rotated."""
+        c, norm = self._config, self._norms[name]
+        rows = self._products[name](x)
+        if norm is not None:
+            width = rows.shape[1] if c.qk_norm == "whole" else c.head_dim
+            rows = self._arithmetic.rms_norm(rows.view(-1, width), norm, self._eps)
+        return rows.view(x.shape[0], -1)
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """Rows as [n, heads, head_dim], clipped if the model does that."""
+        c = self._config
+        heads = rows.view(rows.shape[0], -1, c.head_dim)
         return heads if c.clip is None else heads.clamp(min=-c.clip, max=c.clip)

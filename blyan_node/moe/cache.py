@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.config import ModelConfig
-from blyan_node.moe.numerics import ALIGNED_FLOATS
 
+ALIGNED_FLOATS = 16  # products by torch want rows at multiples of 64 bytes
 _FIRST_POSITIONS = 256
 
 

@@ -7,75 +7,88 @@ latent with the rotated key behind it (arXiv 2405.04434, 2.1.2). That is done al
 prefill or decode, so that a row's bits depend on the row and its sequence alone.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from blyan_node.moe import numerics
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.config import LatentAttention
+from blyan_node.moe.rope import RopeTable
+from blyan_node.moe.stored import Weight
+from blyan_node.moe.weights import vector
 
 
 class Latent:
     """Latent attention of one layer, loaded."""
 
     def __init__(
-        self, config: LatentAttention, tensors: Mapping[str, Tensor], rope: numerics.RopeTable
+        self,
+        config: LatentAttention,
+        tensors: Mapping[str, Weight],
+        rope: RopeTable,
+        arithmetic: Arithmetic,
     ) -> None:
         """`tensors` by role (`blyan_node.moe.layout`)."""
-        self._config, self._tensors, self._rope = config, tensors, rope
-        self._scale = config.head_dim**-0.5 * rope.score_factor
-        by_head = tensors["kv_b"].view(config.heads, -1, config.kv_rank)
+        self._config, self._rope, self._arithmetic = config, rope, arithmetic
+        self._scale = rope.score_factor / math.sqrt(config.head_dim)
+        self._products = {
+            name: arithmetic.product(tensors[name], vector(tensors, f"{name}_bias"))
+            for name in ("q", "q_a", "q_b", "kv_a", "o")
+            if name in tensors
+        }
+        self._query_norm = vector(tensors, "q_a_norm")
+        self._norm = vector(tensors, "kv_a_norm")
+        both = tensors["kv_b"]
+        assert isinstance(both, Tensor)
+        by_head = both.view(config.heads, -1, config.kv_rank)
         plain = config.plain_dim  # of each head there are keys [plain_dim, kv_rank] and values
-        self._keys = [numerics.align_matrix(head) for head in by_head[:, :plain]]
-        self._values = [numerics.align_matrix(head) for head in by_head[:, plain:]]
+        self._keys = [arithmetic.product(head.t()) for head in by_head[:, :plain]]
+        self._values = [arithmetic.product(head) for head in by_head[:, plain:]]
 
-    def apply(self, layer: int, x: Tensor, cache: KVCache) -> Tensor:
-        """Normed rows x [n, hidden] → [n, hidden]; their latents go into the cache."""
-        c, n = self._config, x.shape[0]
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normed rows x [n, hidden] → queries [n, heads * head_dim], latents [n, kv_rank], keys.
+
+        The keys [n, rope_dim] are not yet rotated, and neither are the queries.
+        """
+        c, products, rms_norm = self._config, self._products, self._arithmetic.rms_norm
+        both = products["kv_a"](x)
+        assert self._norm is not None
+        latents = rms_norm(both[:, : c.kv_rank], self._norm, c.norm_eps)
+        if self._query_norm is None:
+            return products["q"](x), latents, both[:, c.kv_rank :]
+        rows = rms_norm(products["q_a"](x), self._query_norm, c.norm_eps)
+        return products["q_b"](rows), latents, both[:, c.kv_rank :]
+
+    def mix(self, layer: int, projected: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """What `project` gives → [n, heads * value_dim]; the latents go into the cache."""
+        queries, latents, keys = projected
+        c, n = self._config, queries.shape[0]
         start = cache.length_of(layer)
-        turns = [self._rope.at(start + row) for row in range(n)]
-        cache.append(layer, self._latents(x, turns))
-        queries = self._queries(x, turns)
-        attended = torch.empty(n, c.heads, c.kv_rank)
-        for row in range(n):
-            (seen,) = cache.seen(layer, 0, start + row + 1)
-            attended[row] = numerics.attention_row(
-                queries[row], seen, seen[..., : c.kv_rank], self._scale, None
-            )
-        out = numerics.aligned(n, c.heads * c.value_dim)
-        for head, values in enumerate(self._values):
-            here = slice(head * c.value_dim, (head + 1) * c.value_dim)
-            out[:, here] = numerics.linear(attended[:, head], values)
-        return numerics.linear(out, self._tensors["o"], self._tensors.get("o_bias"))
+        turns = self._rope.rows(start, start + n)
+        kept = torch.cat((latents[:, None], self._rotated(keys[:, None], turns)), dim=2)
+        cache.append(layer, kept)
+        (seen,) = cache.seen(layer, 0, start + n)
+        attended = self._arithmetic.attend(
+            self._absorbed(queries, turns), seen, seen[..., : c.kv_rank], self._scale
+        )
+        values = [product(attended[:, head]) for head, product in enumerate(self._values)]
+        return torch.cat(values, dim=1)
 
-    def _latents(self, x: Tensor, turns: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """What is kept of rows x [n, hidden]: [n, 1, kv_rank + rope_dim]."""
-        c, w = self._config, self._tensors
-        rows = numerics.linear(x, w["kv_a"], w.get("kv_a_bias"))
-        latents = numerics.rms_norm(rows[:, : c.kv_rank], w["kv_a_norm"], c.norm_eps)
-        keys = self._rotated(rows[:, None, c.kv_rank :], turns)
-        return torch.cat((latents[:, None], keys), dim=2)
+    def output(self, mixed: Tensor) -> Tensor:
+        """What `mix` gives → [n, hidden]."""
+        return self._products["o"](mixed)
 
-    def _queries(self, x: Tensor, turns: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The queries of rows x [n, hidden] in the latent's space: [n, heads, as the latents]."""
-        c, w = self._config, self._tensors
-        if c.query_rank is None:
-            rows = numerics.linear(x, w["q"])
-        else:
-            rows = numerics.linear(x, w["q_a"], w.get("q_a_bias"))
-            rows = numerics.rms_norm(rows, w["q_a_norm"], c.norm_eps)
-            rows = numerics.linear(rows, w["q_b"])
-        heads = rows.reshape(x.shape[0], c.heads, c.head_dim)
+    def _absorbed(self, queries: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries [n, heads * head_dim] in the latent's space: [n, heads, kv_rank + rope_dim]."""
+        c = self._config
+        heads = queries.view(-1, c.heads, c.head_dim)
         plain, turned = heads[..., : c.plain_dim], heads[..., c.plain_dim :]
-        absorbed = [
-            numerics.linear(plain[:, head], keys.t()) for head, keys in enumerate(self._keys)
-        ]
+        absorbed = [product(plain[:, head]) for head, product in enumerate(self._keys)]
         return torch.cat((torch.stack(absorbed, 1), self._rotated(turned, turns)), dim=2)
 
-    def _rotated(self, x: Tensor, turns: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _rotated(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         """Rows x [n, heads, rope_dim], each turned by its position."""
-        if self._config.interleaved:
-            x = numerics.pairs_apart(x)
-        return torch.stack([numerics.rotate(x[row], *turn) for row, turn in enumerate(turns)])
+        return self._arithmetic.rotate(x, *turns, interleaved=self._config.interleaved)

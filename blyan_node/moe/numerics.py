@@ -1,24 +1,27 @@
-"""The arithmetic that every path shares: float32, and one row at a time where order matters.
+"""torch's arithmetic: float32, and one row at a time where order matters.
 
-The contract: a row's bits depend on that row, on the weights and on how they are stored, and on
-nothing else: not on the other rows of a batch, on the number of threads, or on how a prompt was
-cut. Matrix products of several rows break it (their blocking depends on the number of rows and
-the row's place among them), so a product is done row by row with a matrix-vector product, whose
-order of summation is fixed once both sides are aligned. What was measured is in
-docs/decisions/0004-row-invariance.md. Every function here keeps the contract; another operation
-with a sum or a transcendental function must be shown to keep it.
+For processors that the kernels (`blyan_node.moe.contract`) do not run on. The contract holds here
+too: a row's bits depend on that row, on the weights and on how they are stored, and on nothing
+else: not on the other rows of a batch, on the number of threads, or on how a prompt was cut. They
+do depend on the processor and on torch's version. Matrix products of several rows break the
+contract (their blocking depends on the number of rows and the row's place among them), so a product
+is done row by row with a matrix-vector product, whose order of summation is fixed once both sides
+are aligned. What was measured is in docs/decisions/0004-row-invariance.md. Another operation with a
+sum or a transcendental function must be shown to keep it.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from blyan_node.moe.config import Rope
-from blyan_node.moe.stored import Weight, tiles
+from blyan_node.moe.stored import Scaled, Weight, tiles
+
+Rows = Callable[..., tuple[Tensor, ...]]
 
 ALIGNED_FLOATS = 16
-_TABLE_POSITIONS = 512
+_ALIGNED_BYTES = 16
 
 
 def aligned(rows: int, columns: int) -> Tensor:
@@ -47,7 +50,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [n, k] times weight [m, k] transposed, plus bias [m]: float32 [n, m], row by row.
 
     `weight` is as it is stored, by rows or by columns (a transposed view); the result's bits are
-    those of its float32 values so stored, whatever the tiles in which it is walked.
+    those of its float32 values so stored, whatever the tiles in which it is walked. The scales of
+    one that has them are applied to the sums.
     """
     x, n = align(x), x.shape[0]
     out = aligned(n, weight.shape[0])
@@ -58,6 +62,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
             last = first + tile.shape[0]
             for row in range(n):
                 torch.mv(tile, x[row], out=out[row, first:last])
+    if isinstance(weight, Scaled):
+        out.mul_(weight.scales)
     return out if bias is None else out.add_(bias.float())
 
 
@@ -82,54 +88,10 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1.0 / (1.0 + torch.exp(-x))
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position for each pair of a head's dimensions: [head_dim / 2]."""
-    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    plain = 1.0 / powers
-    if rope.factor is None:
-        return plain
-    low, high = (
-        head_dim * math.log(rope.original_positions / (turns * 2 * math.pi))
-        / (2 * math.log(rope.theta))
-        for turns in (rope.beta_fast, rope.beta_slow)
-    )  # fmt: skip
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    high = high if high != low else high + 0.001
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain / rope.factor * ramp + plain * (1 - ramp)
-
-
-class RopeTable:
-    """Cosine and sine by position, made in pieces of a fixed size when they are first needed."""
-
-    def __init__(self, rope: Rope, head_dim: int) -> None:
-        self._frequencies = inverse_frequencies(rope, head_dim)
-        self._factor = rope.attention_factor
-        self.score_factor = rope.score_factor
-        self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def at(self, position: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [head_dim / 2], times YaRN's attention factor."""
-        number, place = divmod(position, _TABLE_POSITIONS)
-        if number not in self._pieces:
-            positions = torch.arange(_TABLE_POSITIONS, dtype=torch.float32)
-            angles = (positions + number * _TABLE_POSITIONS)[:, None] * self._frequencies
-            self._pieces[number] = (angles.cos() * self._factor, angles.sin() * self._factor)
-        cos, sin = self._pieces[number]
-        return cos[place], sin[place]
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [heads, head_dim] of one position; pairs are (i, i + head_dim / 2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def pairs_apart(x: Tensor) -> Tensor:
-    """The last dimension's pairs (2i, 2i + 1) moved to (i, i + half), where `rotate` has them."""
-    return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
 
 
 def attention_row(
@@ -154,32 +116,95 @@ def attention_row(
     return out
 
 
-def route(
-    logits: Tensor, top_k: int, *, over_chosen: bool, renormalise: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The experts of each row of logits [n, experts] and their weights, best first: [n, top_k].
+class Plain:
+    """`blyan_node.moe.arithmetic.Arithmetic`, by torch."""
 
-    Equal logits go to the smaller expert. The softmax is over the chosen or over all experts; of
-    all, the chosen weights may be renormalised, which is the same up to rounding.
-    """
-    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    if over_chosen:
-        return order, torch.softmax(logits.gather(1, order), dim=-1)
-    chosen = torch.softmax(logits, dim=-1).gather(1, order)
-    if not renormalise:
-        return order, chosen
-    total = chosen[:, 0]
-    for rank in range(1, top_k):
-        total = total + chosen[:, rank]
-    return order, chosen / total[:, None]
+    aligned_bytes = _ALIGNED_BYTES
+
+    def __init__(self, threads: int = 1) -> None:
+        use_threads(threads)
+        version = ".".join(torch.__version__.split(".")[:2])
+        capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+        self.name = f"torch{version}-{capability}-mv"
+
+    def __str__(self) -> str:
+        return "torch"
+
+    def product(self, weight: Weight, bias: Tensor | None = None) -> "PlainProduct":
+        """A matrix where it lies, unless it is float32 whose address would change bits."""
+        return PlainProduct(align_matrix(weight) if isinstance(weight, Tensor) else weight, bias)
+
+    def steps(self, function: Rows) -> Rows:
+        """The function itself."""
+        return function
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y."""
+        return x + y
+
+    def combine(self, residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """residual [n, h] plus the experts' rows [n, k, h] by weights [n, k], in ascending rank."""
+        total = weights[:, 0, None] * rows[:, 0]
+        for rank in range(1, weights.shape[1]):
+            total = total + weights[:, rank, None] * rows[:, rank]
+        return residual + total
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm of each row of x [n, width]."""
+        return rms_norm(x, weight, eps)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        return gate * sigmoid(gate) * up
+
+    def clamped(self, both: Tensor, limit: float, alpha: float) -> Tensor:
+        """(up + 1) * gate * sigmoid(alpha * gate), clamped, of [n, 2 * width] in turn."""
+        gate, up = both[:, ::2].clamp(max=limit), both[:, 1::2].clamp(min=-limit, max=limit)
+        return (up + 1) * (gate * sigmoid(gate * alpha))
+
+    def softmax(self, x: Tensor) -> Tensor:
+        """The softmax of each row of x [n, width]."""
+        return torch.softmax(x, dim=-1)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """1 / (1 + e^-x)."""
+        return sigmoid(x)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Rotary embedding of x [n, heads, dim], row by row by cos and sin [n, dim / 2]."""
+        x = torch.cat((x[..., ::2], x[..., 1::2]), dim=-1) if interleaved else x
+        return torch.stack([rotate(x[row], cos[row], sin[row]) for row in range(x.shape[0])])
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the last n positions: query [n, heads, dim] → [n, heads, value dim]."""
+        n, seen = query.shape[0], keys.shape[1]
+        rows = []
+        for row in range(n):
+            last = seen - n + row + 1
+            here = slice(0 if window is None else max(0, last - window), last)
+            rows.append(attention_row(query[row], keys[:, here], values[:, here], scale, sinks))
+        return torch.stack(rows)
 
 
-def combine(residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """residual [n, h] plus the experts' rows [n, k, h] by weights [n, k], in ascending rank."""
-    total = weights[:, 0, None] * rows[:, 0]
-    for rank in range(1, weights.shape[1]):
-        total = total + weights[:, rank, None] * rows[:, rank]
-    return residual + total
+class PlainProduct:
+    """A matrix and its bias."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self.outs = weight.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows x [n, depth] times the matrix, transposed, plus its bias: float32 [n, outs]."""
+        return linear(x, self._weight, self._bias)
 
 
 def use_threads(count: int) -> None:

@@ -1,18 +1,30 @@
 """The numeric profile: what must agree for two nodes to compute the same bits."""
 
-import torch
+from dataclasses import dataclass
 
 from protocols import limits
+from protocols.precision import PUBLISHED, Precision, effective
 
 
-def profile() -> str:
-    """For example `cpu-torch2.13-avx2-f32-mv`: device, library, instruction set, sums, products.
-
-    Weights are kept in their stored precision and computed with in float32 (`f32`), row by row
-    with matrix-vector products (`mv`).
-    """
-    version = ".".join(torch.__version__.split(".")[:2])
-    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
-    text = f"cpu-torch{version}-{capability}-f32-mv"
+def profile(arithmetic: str, precision: Precision = PUBLISHED) -> str:
+    """For example `cpu-sums1-published`: device, arithmetic (its `name`), precision of weights."""
+    text = f"cpu-{arithmetic}-{effective(precision).removeprefix('as-')}"
     assert len(text) <= limits.profile_bytes_max
     return text
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The profiles of a node: one arithmetic, in the precision that it holds or in another."""
+
+    arithmetic: str
+    precision: Precision
+
+    @property
+    def own(self) -> str:
+        """The node's: what it advertises and serves."""
+        return self.of(self.precision)
+
+    def of(self, precision: Precision) -> str:
+        """That of a request in `precision`."""
+        return profile(self.arithmetic, precision)

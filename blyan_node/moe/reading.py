@@ -5,10 +5,10 @@ at inference (`strict_json.INERT`), required to have the one value that this cod
 refused by name. A field that nobody here has heard of is refused: it may change the mathematics.
 """
 
-import math
 from collections.abc import Sequence
 
 from blyan_node.moe.config import GroupedAttention, LayerConfig, ModelConfig, Rope
+from blyan_node.moe.rope import natural_log
 from blyan_node.moe.strict_json import Fields, show, token_ids
 from protocols import limits
 
@@ -146,7 +146,7 @@ def _yarn(rope: Fields, theta: float, positions: int, mscale: bool) -> Rope:
         rope.refuse("attention_factor", f"is {show(attention)}")
     part = rope.number("mscale", 0.0, 100.0, 0.0) if mscale else 0.0
     whole = rope.number("mscale_all_dim", 0.0, 100.0, 0.0) if mscale else 0.0
-    grown = 0.1 * math.log(factor)
+    grown = 0.1 * natural_log(factor)
     if attention is None:
         attention = (grown * part + 1) / (grown * whole + 1) if part and whole else grown + 1
     return Rope(
@@ -159,5 +159,5 @@ def _yarn(rope: Fields, theta: float, positions: int, mscale: bool) -> Rope:
         ),
         truncate=rope.flag("truncate", True),
         attention_factor=float(attention),
-        score_factor=(grown * whole + 1) ** 2,
+        score_factor=(grown * whole + 1) * (grown * whole + 1),
     )

@@ -1,15 +1,17 @@
 """The model, plainly: one process, one token after the other, from top to bottom.
 
 This is what every fast, batched or distributed path must equal bit for bit, and what is held
-against `transformers`. It shares with them the arithmetic of `numerics` and nothing else. All
-tensors are float32; shapes are in the comments.
+against `transformers`. It shares with them the arithmetic that it is given, the angles of `rope`
+and the choices of `routing`, and nothing else. All tensors are float32; shapes are in the comments.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.config import (
     Activation,
     ClampedGate,
@@ -20,24 +22,15 @@ from blyan_node.moe.config import (
     MoeFeed,
 )
 from blyan_node.moe.families import expert_layout, layout
-from blyan_node.moe.numerics import (
-    RopeTable,
-    align_matrix,
-    aligned,
-    attention_row,
-    combine,
-    linear,
-    pairs_apart,
-    rms_norm,
-    rotate,
-    route,
-    sigmoid,
-)
-from blyan_node.moe.routing import route_sigmoid
+from blyan_node.moe.numerics import aligned
+from blyan_node.moe.precision import hold
+from blyan_node.moe.rope import RopeTable
+from blyan_node.moe.routing import route
 from blyan_node.moe.sampling import Sampler
-from blyan_node.moe.stored import widened
-from blyan_node.moe.weights import ReadWeights, by_role, load_part, matrices
+from blyan_node.moe.stored import Scaled, Weight, widened
+from blyan_node.moe.weights import ReadWeights
 from protocols.dag.header import Kind
+from protocols.precision import PUBLISHED, Precision
 
 Weights = Mapping[str, Tensor]  # by role (`blyan_node.moe.layout`)
 
@@ -45,16 +38,22 @@ Weights = Mapping[str, Tensor]  # by role (`blyan_node.moe.layout`)
 class Reference:
     """A whole model in one process."""
 
-    def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: ReadWeights,
+        arithmetic: Arithmetic,
+        precision: Precision = PUBLISHED,
+    ) -> None:
         """Loads every subject; raises `Refused` (BAD_MODEL) for what does not fit."""
         self.config = config
+        self.arithmetic = arithmetic
         self.parts: dict[str, dict[str, Tensor]] = {}
         for part in layout(config):
             given = tensors(part.subject)
             if part.kind is Kind.EXPERT:
                 part = expert_layout(config, part.subject, given)
-            stored = matrices(by_role(part, load_part(part, given)))
-            self.parts[part.subject] = {role: widened(one) for role, one in stored.items()}
+            self.parts[part.subject] = _floats(hold(part, given, precision).tensors)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -92,90 +91,111 @@ class _Session:
     """One sequence: the keys and values of its tokens so far, by layer."""
 
     def __init__(self, model: Reference) -> None:
-        self.model = model
+        self.model, self.rules = model, model.arithmetic
         self.keys: list[list[Tensor]] = [[] for _ in model.config.layers]
         self.values: list[list[Tensor]] = [[] for _ in model.config.layers]
         dims = {layer.attention.rope_dim for layer in model.config.layers}
         self.ropes = {dim: RopeTable(model.config.rope, dim) for dim in dims}
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [n, k] times weight [m, k], transposed, plus bias [m]: [n, m]."""
+        return self.rules.product(weight, bias)(x)
+
+    def apply(self, x: Tensor, part: Weights, role: str) -> Tensor:
+        """x [n, k] times the matrix of a role, its scales if it has any, plus its bias: [n, m]."""
+        bias, scales = (
+            part.get(f"{role.removesuffix('_interleaved')}_bias"),
+            part.get(_scales(role)),
+        )
+        if scales is None:
+            return self.linear(x, part[role], bias)
+        out = self.linear(x, part[role]) * scales
+        return out if bias is None else out + bias
+
     def step(self, token: int) -> tuple[Tensor, dict[int, Tensor]]:
         """The next token in; its logits [vocab] and its experts [top_k] by layer out."""
         c, parts = self.model.config, self.model.parts
-        embedding = parts["embed"]["weight"]
-        x = embedding[token : token + 1]  # [1, hidden]
+        embedding = parts["embed"]
+        x = embedding["weight"][token : token + 1]  # [1, hidden]
+        if _scales("weight") in embedding:
+            x = x * embedding[_scales("weight")][token]
         chosen = {}
         for layer, one in enumerate(c.layers):
             part, rope = parts[f"layer{layer}.attention"], self.ropes[one.attention.rope_dim]
-            seen = rms_norm(x, part["input_norm"], c.norm_eps)
+            seen = self.rules.rms_norm(x, part["input_norm"], c.norm_eps)
             if isinstance(one.attention, LatentAttention):
-                x = x + self._latent(layer, one.attention, rope, seen)
+                x = self.rules.add(x, self._latent(layer, one.attention, rope, seen))
             else:
-                x = x + self._attention(layer, one.attention, rope, seen)
-            seen = rms_norm(x, part["output_norm"], c.norm_eps)
+                x = self.rules.add(x, self._attention(layer, one.attention, rope, seen))
+            seen = self.rules.rms_norm(x, part["output_norm"], c.norm_eps)
             if isinstance(one.feed, DenseFeed):
-                x = x + feed_forward(one.feed.activation, parts[f"layer{layer}.mlp"], seen)
+                dense = parts[f"layer{layer}.mlp"]
+                x = self.rules.add(x, self._feed_forward(one.feed.activation, dense, seen))
             else:
                 x, chosen[layer] = self._experts(layer, one.feed, x, seen)
-        x = rms_norm(x, parts["final"]["weight"], c.norm_eps)
-        head = embedding if c.tied else parts["head"]["weight"]
-        return linear(x, head)[0], chosen
+        x = self.rules.rms_norm(x, parts["final"]["weight"], c.norm_eps)
+        head = embedding if c.tied else parts["head"]
+        return self.apply(x, head, "weight")[0], chosen
 
     def _attention(self, layer: int, c: GroupedAttention, rope: RopeTable, x: Tensor) -> Tensor:
         """x [1, hidden] → [1, hidden]; the layer's keys and values grow by one."""
         part, eps = self.model.parts[f"layer{layer}.attention"], self.model.config.norm_eps
 
         def project(name: str) -> Tensor:  # [heads, head_dim]
-            rows = linear(x, part[name], part.get(f"{name}_bias"))
+            rows = self.apply(x, part, name)
             if c.qk_norm == "whole" and f"{name}_norm" in part:
-                rows = rms_norm(rows, part[f"{name}_norm"], eps)
+                rows = self.rules.rms_norm(rows, part[f"{name}_norm"], eps)
             heads = rows.reshape(-1, c.head_dim)
             if c.qk_norm == "head" and f"{name}_norm" in part:
-                heads = rms_norm(heads, part[f"{name}_norm"], eps)
+                heads = self.rules.rms_norm(heads, part[f"{name}_norm"], eps)
             return heads if c.clip is None else heads.clamp(-c.clip, c.clip)
 
         keys, values = self.keys[layer], self.values[layer]
-        cos, sin = rope.at(len(keys))
-        query = rotate(project("q"), cos, sin)
-        keys.append(rotate(project("k"), cos, sin))
+        turn = rope.rows(len(keys), len(keys) + 1)  # cos and sin [1, head_dim / 2]
+        query = self.rules.rotate(project("q")[None], *turn)
+        keys.append(self.rules.rotate(project("k")[None], *turn)[0])
         values.append(project("v"))
         window = c.window or len(keys)  # a token sees itself and window - 1 before it
-        out = attention_row(
-            query,  # [heads, head_dim]
+        out = self.rules.attend(
+            query,  # [1, heads, head_dim]
             _by_head(keys[-window:]),  # [kv heads, seen, head_dim]
             _by_head(values[-window:]),
-            c.head_dim**-0.5,
-            part.get("sinks"),
+            1.0 / math.sqrt(c.head_dim),
+            sinks=part.get("sinks"),
         )
-        return linear(out.reshape(1, -1), part["o"], part.get("o_bias"))
+        return self.apply(out.reshape(1, -1), part, "o")
 
     def _latent(self, layer: int, c: LatentAttention, rope: RopeTable, x: Tensor) -> Tensor:
         """x [1, hidden] → [1, hidden]; the layer's latents, in `keys`, grow by one."""
         part, latents = self.model.parts[f"layer{layer}.attention"], self.keys[layer]
-        cos, sin = rope.at(len(latents))
+        turn = rope.rows(len(latents), len(latents) + 1)
 
         def turned(rows: Tensor) -> Tensor:  # [n, rope_dim]
-            return rotate(pairs_apart(rows) if c.interleaved else rows, cos, sin)
+            return self.rules.rotate(rows[None], *turn, interleaved=c.interleaved)[0]
 
-        row = linear(x, part["kv_a"], part.get("kv_a_bias"))  # [1, kv_rank + rope_dim]
+        row = self.apply(x, part, "kv_a")  # [1, kv_rank + rope_dim]
         latent, key = row[:, : c.kv_rank], row[:, c.kv_rank :]
-        latent = rms_norm(latent, part["kv_a_norm"], c.norm_eps)
+        latent = self.rules.rms_norm(latent, part["kv_a_norm"], c.norm_eps)
         latents.append(torch.cat((latent, turned(key)), dim=1))
         if c.query_rank is None:
-            query = linear(x, part["q"])
+            query = self.apply(x, part, "q")
         else:
-            query = linear(x, part["q_a"], part.get("q_a_bias"))
-            query = linear(rms_norm(query, part["q_a_norm"], c.norm_eps), part["q_b"])
+            query = self.apply(x, part, "q_a")
+            query = self.rules.rms_norm(query, part["q_a_norm"], c.norm_eps)
+            query = self.apply(query, part, "q_b")
         heads = query.reshape(c.heads, -1)  # [heads, plain_dim + rope_dim]
         kv_b = part["kv_b"].view(c.heads, -1, c.kv_rank)
-        keys = [align_matrix(head) for head in kv_b[:, : c.plain_dim]]  # [plain_dim, kv_rank]
-        values = [align_matrix(head) for head in kv_b[:, c.plain_dim :]]  # [value_dim, kv_rank]
-        absorbed = [linear(heads[h : h + 1, : c.plain_dim], keys[h].t()) for h in range(c.heads)]
+        keys = kv_b[:, : c.plain_dim]  # [heads, plain_dim, kv_rank]
+        values = kv_b[:, c.plain_dim :]  # [heads, value_dim, kv_rank]
+        absorbed = [
+            self.linear(heads[h : h + 1, : c.plain_dim], keys[h].t()) for h in range(c.heads)
+        ]
         query = torch.cat((torch.cat(absorbed), turned(heads[:, c.plain_dim :])), dim=1)
         seen = _by_head(latents)  # [1, seen, kv_rank + rope_dim]: the same for every head
-        scale = c.head_dim**-0.5 * rope.score_factor
-        out = attention_row(query, seen, seen[..., : c.kv_rank], scale, None)  # [heads, kv_rank]
-        rows = [linear(out[h : h + 1], values[h]) for h in range(c.heads)]
-        return linear(torch.cat(rows, dim=1), part["o"], part.get("o_bias"))
+        scale = rope.score_factor / math.sqrt(c.head_dim)
+        out = self.rules.attend(query[None], seen, seen[..., : c.kv_rank], scale)
+        rows = [self.linear(out[:, h], values[h]) for h in range(c.heads)]  # of [1, kv_rank]
+        return self.apply(torch.cat(rows, dim=1), part, "o")
 
     def _experts(
         self, layer: int, c: MoeFeed, residual: Tensor, x: Tensor
@@ -183,41 +203,46 @@ class _Session:
         """Rows [1, hidden] → the layer's output [1, hidden] and the chosen experts [top_k]."""
         parts = self.model.parts
         router = parts[f"layer{layer}.router"]
-        logits = linear(x, router["weight"], router.get("bias"))
-        if c.routing.score == "sigmoid":  # both give [1, top_k] each
-            correction = router.get("correction")
-            experts, weights = route_sigmoid(logits, c.top_k, c.routing, correction)
-        else:
-            over_chosen = c.routing.score == "softmax_chosen"
-            experts, weights = route(
-                logits, c.top_k, over_chosen=over_chosen, renormalise=c.routing.renormalise
-            )
+        logits = self.linear(x, router["weight"], router.get("bias"))
+        correction = router.get("correction")
+        experts, weights = route(self.rules, logits, c.top_k, c.routing, correction)  # [1, top_k]
         rows = [
-            feed_forward(c.activation, parts[f"layer{layer}.expert{expert}"], x)
+            self._feed_forward(c.activation, parts[f"layer{layer}.expert{expert}"], x)
             for expert in experts[0]
         ]
-        out = combine(residual, weights, torch.stack(rows, dim=1))  # rows: [1, top_k, hidden]
+        out = self.rules.combine(
+            residual, weights, torch.stack(rows, dim=1)
+        )  # rows: [1, top_k, hidden]
         if c.shared_intermediate:
-            out = out + feed_forward(c.activation, parts[f"layer{layer}.shared"], x)
+            shared = self._feed_forward(c.activation, parts[f"layer{layer}.shared"], x)
+            out = self.rules.add(out, shared)
         return out, experts[0]
 
+    def _feed_forward(self, activation: Activation, w: Weights, x: Tensor) -> Tensor:
+        """One expert's unweighted result, or a dense network's: x [1, hidden] → [1, hidden]."""
+        if isinstance(activation, ClampedGate):
+            both = self.apply(x, w, "gate_up_interleaved")
+            active = self.rules.clamped(both, activation.limit, activation.alpha)
+        elif "gate" in w:
+            active = self.rules.swiglu(self.apply(x, w, "gate"), self.apply(x, w, "up"))
+        else:
+            active = self.rules.swiglu(*self.apply(x, w, "gate_up").chunk(2, dim=1))
+        return self.apply(active, w, "down")
 
-def feed_forward(activation: Activation, w: Weights, x: Tensor) -> Tensor:
-    """One expert's unweighted result, or that of a dense network: x [1, hidden] → [1, hidden]."""
-    if "gate" in w:
-        gate, up = linear(x, w["gate"]), linear(x, w["up"])
-    elif "gate_up" in w:
-        gate, up = linear(x, w["gate_up"]).chunk(2, dim=1)
-    else:
-        both = linear(x, w["gate_up_interleaved"], w["gate_up_bias"])
-        gate, up = both[:, ::2], both[:, 1::2]
-    if isinstance(activation, ClampedGate):
-        gate = gate.clamp(max=activation.limit)
-        up = up.clamp(min=-activation.limit, max=activation.limit)
-        active = (up + 1) * (gate * sigmoid(gate * activation.alpha))
-    else:
-        active = gate * sigmoid(gate) * up
-    return linear(active, w["down"], w.get("down_bias"))
+
+def _floats(held: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Everything in float32; a matrix with scales becomes its codes, and the scales beside it."""
+    floats = {}
+    for role, weight in held.items():
+        if isinstance(weight, Scaled):
+            floats[role], floats[_scales(role)] = weight.codes.float(), weight.scales
+        else:
+            floats[role] = widened(weight)
+    return floats
+
+
+def _scales(role: str) -> str:
+    return f"{role} scales"
 
 
 def _by_head(rows: list[Tensor]) -> Tensor:

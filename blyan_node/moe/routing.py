@@ -1,35 +1,76 @@
-"""Sigmoid routing with groups of experts (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+"""From a router's logits to experts and weights."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.config import Routing
-from blyan_node.moe.numerics import sigmoid
 
 _LEAST = 1e-20  # keeps the division of weights that are all 0 defined
 
 
-def route_sigmoid(
-    logits: Tensor, top_k: int, routing: Routing, correction: Tensor | None = None
+def route(
+    arithmetic: Arithmetic,
+    logits: Tensor,
+    top_k: int,
+    routing: Routing,
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts of each row of logits [n, experts] and their weights, best first: [n, top_k].
+
+    `correction` [experts] is for routing by sigmoids.
+    """
+    if routing.score == "sigmoid":
+        return route_sigmoid(arithmetic, logits, top_k, routing, correction)
+    over_chosen = routing.score == "softmax_chosen"
+    renormalise = routing.renormalise
+    return route_softmax(
+        arithmetic, logits, top_k, over_chosen=over_chosen, renormalise=renormalise
+    )
+
+
+def route_softmax(
+    arithmetic: Arithmetic,
+    logits: Tensor,
+    top_k: int,
+    *,
+    over_chosen: bool,
+    renormalise: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The experts of each row of logits [n, experts] and their weights, best first: [n, top_k].
+
+    Equal logits go to the smaller expert. The softmax is over the chosen or over all experts; of
+    all, the chosen weights may be renormalised, which is the same up to rounding.
+    """
+    order = _best(logits, top_k)
+    if over_chosen:
+        return order, arithmetic.softmax(logits.gather(1, order))
+    chosen = arithmetic.softmax(logits).gather(1, order)
+    return order, chosen / _total(chosen) if renormalise else chosen
+
+
+def route_sigmoid(
+    arithmetic: Arithmetic,
+    logits: Tensor,
+    top_k: int,
+    routing: Routing,
+    correction: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same by sigmoids, in groups of experts (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
 
     Scores are sigmoids. `correction` [experts] takes part in choosing groups and experts, and not
     in the weights, which are the scores of the chosen. Of equal ones the smaller number wins.
     """
-    scores = sigmoid(logits)
+    scores = arithmetic.sigmoid(logits)
     choosing = scores if correction is None else scores + correction.float()
     if routing.groups > 1:
         choosing = _in_best_groups(choosing, routing)
     order = _best(choosing, top_k)
     weights = scores.gather(1, order)
     if routing.renormalise:
-        total = weights[:, 0]
-        for rank in range(1, top_k):
-            total = total + weights[:, rank]
-        weights = weights / (total + _LEAST)[:, None]
+        weights = weights / (_total(weights) + _LEAST)
     return order, weights * routing.scaling
 
 
@@ -40,6 +81,14 @@ def _in_best_groups(scores: Tensor, routing: Routing) -> Tensor:
     chosen = _best(two[..., 0] + two[..., 1], routing.groups_chosen)
     left_out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, chosen, False)
     return grouped.masked_fill(left_out[..., None], -math.inf).view(scores.shape)
+
+
+def _total(weights: Tensor) -> Tensor:
+    """The sum of each row of weights [n, k], in ascending rank: [n, 1]."""
+    total = weights[:, :1]
+    for rank in range(1, weights.shape[1]):
+        total = total + weights[:, rank, None]
+    return total
 
 
 def _best(values: Tensor, count: int) -> Tensor:

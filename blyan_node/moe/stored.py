@@ -53,7 +53,27 @@ class Mxfp4:
         out.view(-1, BLOCK).mul_(factors[:, None])
 
 
-Weight = Tensor | Mxfp4
+class Scaled:
+    """A matrix [out, in] of int8 or FP8 (e4m3fn) codes; a row's weights are its codes times scale.
+
+    `codes` is [out, in], `scales` float32 [out].
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        assert codes.shape[:1] == scales.shape and scales.dtype == torch.float32
+        self.codes = codes
+        self.scales = scales
+        self.shape = (codes.shape[0], codes.shape[1])
+
+    def widen(self, first: int, last: int, out: Tensor) -> None:
+        """Writes the codes of rows [first, last) into `out`, float32 [last - first, in].
+
+        The scales belong after the sums (docs/sums.md).
+        """
+        out.copy_(self.codes[first:last])
+
+
+Weight = Tensor | Mxfp4 | Scaled
 
 # A scale's power of two, times what a nibble in a half is short of.
 _FACTORS = torch.tensor([2.0 ** (scale - 127) * _HALF_BIAS for scale in range(SCALE_MAX + 1)])
@@ -90,7 +110,8 @@ _scratch = _Scratch()
 def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
     """The float32 tiles of a matrix that is stored by rows, each with the row that it begins at.
 
-    They are for a product with `rows` rows; each is valid until the next.
+    They are for a product with `rows` rows; each is valid until the next. Of a scaled matrix they
+    are of its codes.
     """
     count, width = weight.shape
     in_place = isinstance(weight, Tensor) and weight.dtype == torch.float32
@@ -99,7 +120,7 @@ def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
         step = max(1, count)
     for first in range(0, count, step):
         last = min(count, first + step)
-        if isinstance(weight, Mxfp4):
+        if isinstance(weight, Mxfp4 | Scaled):
             tile = _scratch.tile(last - first, width)
             weight.widen(first, last, tile)
         elif in_place:
@@ -115,4 +136,13 @@ def widened(weight: Weight) -> Tensor:
         return weight.float()
     out = torch.empty(weight.shape)
     weight.widen(0, weight.shape[0], out)
-    return out
+    return out.mul_(weight.scales[:, None]) if isinstance(weight, Scaled) else out
+
+
+def rows_of(weight: Weight, numbers: Tensor) -> Tensor:
+    """The rows of these numbers, int64 [n], of a matrix: float32 [n, in]."""
+    if isinstance(weight, Scaled):
+        codes = weight.codes.view(torch.uint8)[numbers].view(weight.codes.dtype)
+        return codes.float().mul_(weight.scales[numbers, None])
+    assert isinstance(weight, Tensor), "no family looks rows of MXFP4 up"
+    return weight[numbers].float()

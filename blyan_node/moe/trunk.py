@@ -3,7 +3,7 @@
 A pass goes layer by layer: `attend` gives the rows that the experts must see, whoever holds them;
 `combine` takes their results. A dense layer, and the shared experts of another, are computed here.
 Rows of one call are consecutive positions of one session. Which rows go together changes no bit
-(`blyan_node.moe.numerics`).
+(`blyan_node.moe.arithmetic`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blyan_node.moe import numerics
+from blyan_node.moe.arithmetic import Arithmetic, Rows
 from blyan_node.moe.attention import Grouped
 from blyan_node.moe.cache import KVCache, bytes_of
 from blyan_node.moe.config import (
@@ -26,13 +26,18 @@ from blyan_node.moe.config import (
 from blyan_node.moe.families import layout
 from blyan_node.moe.feed import FeedForward
 from blyan_node.moe.latent import Latent
-from blyan_node.moe.routing import route_sigmoid
-from blyan_node.moe.weights import ReadWeights, by_role, copied_bytes, load_part, stored_bytes
+from blyan_node.moe.precision import hold
+from blyan_node.moe.rope import RopeTable
+from blyan_node.moe.routing import route
+from blyan_node.moe.stored import Weight, rows_of
+from blyan_node.moe.weights import ReadWeights, vector
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
+from protocols.ids import Subject
+from protocols.precision import PUBLISHED, Precision
 
 PREFILL_ROWS = 32
-Parts = dict[str, dict[str, Tensor]]
+Parts = dict[str, dict[str, Weight]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,50 +61,82 @@ class Attended:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    input_norm: Tensor
-    output_norm: Tensor
-    attend: Callable[[int, Tensor, KVCache], Tensor]
+    """A layer in three pieces; the one in the middle needs the positions before."""
+
+    before: Rows  # x → what goes into the attention
+    mix: Callable[[int, Sequence[Tensor], KVCache], Tensor]
+    after: Rows  # x and what was mixed → output; or residual, normed, logits, shared experts
     feed: Feed
-    router: dict[str, Tensor]  # by role; empty in a dense layer
-    network: FeedForward | None  # of a dense layer, or the shared experts
+    correction: Tensor | None  # of the router
 
 
 class Trunk:
     """The trunk and routers of one model at one root, loaded."""
 
-    def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
-        """Loads everything but the experts; raises `Refused` (BAD_MODEL) for what does not fit."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: ReadWeights,
+        arithmetic: Arithmetic,
+        precision: Precision = PUBLISHED,
+    ) -> None:
+        """Loads everything but the experts; raises `Refused` (BAD_MODEL) for what does not fit.
+
+        `bytes` is what it takes in memory, `copied` how much of that was copied to load it;
+        `converted` are the subjects whose published form is not needed any more.
+        """
         self.config = config
+        self._arithmetic = arithmetic
         self.bytes = self.copied = 0
+        self.converted: list[Subject] = []
         parts: Parts = {}
         for part in layout(config):
             if part.kind is not Kind.EXPERT:
-                given = tensors(part.subject)
-                loaded = load_part(part, given)
-                self.bytes += stored_bytes(loaded)
-                self.copied += copied_bytes(loaded, given)
-                parts[part.subject] = by_role(part, loaded)
-        self._embedding = parts["embed"]["weight"]
-        self._final_norm = parts["final"]["weight"]
-        self._head = self._embedding if config.tied else parts["head"]["weight"]
-        self._ropes: dict[int, numerics.RopeTable] = {}
+                held = hold(part, tensors(part.subject), precision, arithmetic.aligned_bytes)
+                self.bytes += held.bytes
+                self.copied += held.copied
+                self.converted += [part.subject] if held.converted else []
+                parts[part.subject] = held.tensors
+        self._embedding = embedding = parts["embed"]["weight"]
+        self._final_norm = _norm(parts["final"], "weight")
+        self._head = arithmetic.product(embedding if config.tied else parts["head"]["weight"])
+        self._ropes: dict[int, RopeTable] = {}
         self._layers = [self._layer(n, one, parts) for n, one in enumerate(config.layers)]
 
     def _layer(self, number: int, layer: LayerConfig, parts: Parts) -> _Layer:
-        attention, feed = parts[f"layer{number}.attention"], layer.feed
+        given, feed, arithmetic = parts[f"layer{number}.attention"], layer.feed, self._arithmetic
         dim = layer.attention.rope_dim
         if dim not in self._ropes:
-            self._ropes[dim] = numerics.RopeTable(self.config.rope, dim)
+            self._ropes[dim] = RopeTable(self.config.rope, dim)
+        rope, attention = self._ropes[dim], layer.attention
         loaded: Grouped | Latent
-        if isinstance(layer.attention, LatentAttention):
-            loaded = Latent(layer.attention, attention, self._ropes[dim])
+        if isinstance(attention, LatentAttention):
+            loaded = Latent(attention, given, rope, arithmetic)
         else:
-            loaded = Grouped(layer.attention, attention, self._ropes[dim], self.config.norm_eps)
+            loaded = Grouped(attention, given, rope, self.config.norm_eps, arithmetic)
         here = f"layer{number}.mlp" if isinstance(feed, DenseFeed) else f"layer{number}.shared"
-        network = FeedForward(feed.activation, parts[here]) if here in parts else None
-        router = parts.get(f"layer{number}.router", {})
+        network = FeedForward(feed.activation, parts[here], arithmetic) if here in parts else None
+        router = parts.get(f"layer{number}.router")
+        chooser = arithmetic.product(router["weight"], vector(router, "bias")) if router else None
+        norms, eps = (_norm(given, "input_norm"), _norm(given, "output_norm")), self.config.norm_eps
+
+        def before(x: Tensor) -> tuple[Tensor, ...]:
+            return loaded.project(arithmetic.rms_norm(x, norms[0], eps))
+
+        def after(x: Tensor, mixed: Tensor) -> tuple[Tensor, ...]:
+            residual = arithmetic.add(x, loaded.output(mixed))
+            normed = arithmetic.rms_norm(residual, norms[1], eps)
+            here = () if network is None else (network.apply(normed),)
+            if chooser is None:
+                return (arithmetic.add(residual, *here),)
+            return residual, normed, chooser(normed), *here
+
         return _Layer(
-            attention["input_norm"], attention["output_norm"], loaded.apply, feed, router, network
+            before=arithmetic.steps(before),
+            mix=loaded.mix,
+            after=arithmetic.steps(after),
+            feed=feed,
+            correction=vector(router, "correction") if router else None,
         )
 
     def new_cache(self, positions: int | None = None) -> KVCache:
@@ -130,19 +167,19 @@ class Trunk:
                     f"token id {one}",
                     f"the model's vocabulary has {self.config.vocab} tokens",
                 )
-        return self._embedding[torch.tensor(list(ids), dtype=torch.int64)].float()
+        return rows_of(self._embedding, torch.tensor(list(ids), dtype=torch.int64))
 
     @torch.inference_mode()
     def attend(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
         """Attention and routing of one layer for the next rows x [n, hidden] of a session."""
-        eps, part = self.config.norm_eps, self._layers[layer]
-        residual = x + part.attend(layer, numerics.rms_norm(x, part.input_norm, eps), cache)
-        normed = numerics.rms_norm(residual, part.output_norm, eps)
-        here = None if part.network is None else part.network.apply(normed)
-        if isinstance(part.feed, MoeFeed):
-            return Attended(layer, residual, _route(part.feed, part.router, normed), here)
-        assert here is not None
-        return Attended(layer, residual + here, None)
+        part = self._layers[layer]
+        residual, *more = part.after(x, part.mix(layer, part.before(x), cache))
+        if not isinstance(part.feed, MoeFeed):
+            return Attended(layer, residual, None)
+        normed, logits, *shared = more
+        feed, arithmetic = part.feed, self._arithmetic
+        chosen = route(arithmetic, logits, feed.top_k, feed.routing, part.correction)
+        return Attended(layer, residual, Routed(normed, *chosen), *shared)
 
     @torch.inference_mode()
     def walk(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
@@ -164,26 +201,18 @@ class Trunk:
         The sum's order: (residual + experts in ascending rank) + shared experts.
         """
         assert attended.routed is not None
-        out = numerics.combine(attended.residual, attended.routed.weights, rows)
-        return out if attended.shared is None else out + attended.shared
+        weights = attended.routed.weights.contiguous()
+        out = self._arithmetic.combine(attended.residual, weights, rows)
+        return out if attended.shared is None else self._arithmetic.add(out, attended.shared)
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits float32 [n, vocab] of the last layer's rows x [n, hidden]."""
-        normed = numerics.rms_norm(x, self._final_norm, self.config.norm_eps)
-        return numerics.linear(normed, self._head)
+        return self._head(self._arithmetic.rms_norm(x, self._final_norm, self.config.norm_eps))
 
 
-def _route(feed: MoeFeed, router: dict[str, Tensor], normed: Tensor) -> Routed:
-    logits = numerics.linear(normed, router["weight"], router.get("bias"))
-    if feed.routing.score == "sigmoid":
-        correction = router.get("correction")
-        experts, weights = route_sigmoid(logits, feed.top_k, feed.routing, correction)
-        return Routed(normed, experts, weights)
-    experts, weights = numerics.route(
-        logits,
-        feed.top_k,
-        over_chosen=feed.routing.score == "softmax_chosen",
-        renormalise=feed.routing.renormalise,
-    )
-    return Routed(normed, experts, weights)
+def _norm(tensors: dict[str, Weight], role: str) -> Tensor:
+    """A norm's weights, which every layer has."""
+    weight = vector(tensors, role)
+    assert weight is not None
+    return weight

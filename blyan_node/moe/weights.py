@@ -21,7 +21,6 @@ from protocols.tensors.manifest import DTYPE_BYTES, Dtype
 Weights = Mapping[str, tuple[Dtype, tuple[int, ...], memoryview]]
 ReadWeights = Callable[[Subject], Weights]
 
-_ALIGNED_BYTES = 16
 _TORCH = {
     Dtype.F32: torch.float32,
     Dtype.BF16: torch.bfloat16,
@@ -30,8 +29,11 @@ _TORCH = {
 }
 
 
-def load_part(part: SubjectLayout, tensors: Weights) -> dict[str, Tensor]:
-    """A subject's tensors by local name; raises `Refused` (BAD_MODEL) by name."""
+def load_part(part: SubjectLayout, tensors: Weights, aligned_bytes: int = 1) -> dict[str, Tensor]:
+    """A subject's tensors by local name; raises `Refused` (BAD_MODEL) by name.
+
+    float32 that does not begin at a multiple of `aligned_bytes` is copied.
+    """
     loaded = {}
     for tensor in part.tensors:
         if tensor.idle and tensor.name not in tensors:
@@ -47,7 +49,7 @@ def load_part(part: SubjectLayout, tensors: Weights) -> dict[str, Tensor]:
             )
         if len(data) != prod(shape) * DTYPE_BYTES[dtype]:
             refuse(f"{part.subject}: {tensor.name} has {len(data)} bytes", subject=part.subject)
-        loaded[tensor.name] = in_place(dtype, tensor.shape, data)
+        loaded[tensor.name] = in_place(dtype, tensor.shape, data, aligned_bytes)
     for name in tensors:
         if name not in loaded:
             refuse(f"{part.subject}: {name[:80]!a} is none of its tensors", subject=part.subject)
@@ -75,6 +77,15 @@ def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
     return found
 
 
+def vector(tensors: Mapping[str, Weight], role: str) -> Tensor | None:
+    """A bias, a norm's weight, sinks: float32, widened if need be; None if there is none."""
+    found = tensors.get(role)
+    if found is None:
+        return None
+    assert isinstance(found, Tensor)
+    return found.float()
+
+
 def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
     """The memory that loaded tensors occupy when they are used: their bytes as stored."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -89,12 +100,14 @@ def copied_bytes(loaded: Mapping[str, Tensor], tensors: Weights) -> int:
     )
 
 
-def in_place(dtype: Dtype, shape: tuple[int, ...], data: memoryview) -> Tensor:
+def in_place(
+    dtype: Dtype, shape: tuple[int, ...], data: memoryview, aligned_bytes: int = 1
+) -> Tensor:
     """A tensor of little-endian bytes, where they lie unless products need them elsewhere."""
     if not len(data):
         return torch.empty(shape, dtype=_TORCH[dtype])
     tensor = _bytes_of(data)
-    if dtype == Dtype.F32 and tensor.data_ptr() % _ALIGNED_BYTES:
+    if dtype == Dtype.F32 and tensor.data_ptr() % aligned_bytes:
         tensor = tensor.clone()  # products of what is not aligned have other bits
     return tensor.view(_TORCH[dtype]).view(shape)
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.families import layout
 from blyan_node.moe.trunk import Routed, Trunk
 from blyan_node.moe.weights import ReadWeights
+from blyan_node.testing.arithmetic import best
 from protocols.dag.header import Kind
 from protocols.ids import expert_subject
 
@@ -19,11 +21,15 @@ from protocols.ids import expert_subject
 class Engine:
     """Trunk and experts of one model; experts see rows in groups that a `Random` composes."""
 
-    def __init__(self, config: ModelConfig, tensors: ReadWeights) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: ReadWeights, arithmetic: Arithmetic | None = None
+    ) -> None:
+        """With the best arithmetic that this machine has unless one is given."""
         self.config = config
-        self.trunk = Trunk(config, tensors)
+        arithmetic = arithmetic or best()
+        self.trunk = Trunk(config, tensors, arithmetic)
         self.experts = {
-            part.subject: Expert(config, part.subject, tensors(part.subject))
+            part.subject: Expert(config, part.subject, tensors(part.subject), arithmetic)
             for part in layout(config)
             if part.kind is Kind.EXPERT
         }

@@ -4,16 +4,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.reference import Reference
 from blyan_node.moe.weights import load_part
+from blyan_node.testing.arithmetic import best
 from protocols.ids import Subject
 
 
-def open_reference(path: Path) -> Reference:
-    """The plain model that reads its weights from `path`."""
+def open_reference(path: Path, arithmetic: Arithmetic | None = None) -> Reference:
+    """The plain model of `path`, with the best arithmetic that there is unless one is given."""
     checkpoint = Checkpoint.open(path)
-    return Reference(checkpoint.config, checkpoint.load)
+    return Reference(checkpoint.config, checkpoint.load, arithmetic or best())
 
 
 def local_tensors(path: Path, subject: Subject) -> dict[str, Tensor]:

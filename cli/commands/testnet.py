@@ -28,14 +28,11 @@ def testnet() -> None:
 )
 @click.option("--memory", metavar="SIZE", help="Memory for weights and caches, each.")
 @click.option("--hold", metavar="auto|none|LIST", help="Which experts the gpu nodes hold.")
-def up(folder: str, nodes: int, roles: str | None, memory: str | None, hold: str | None) -> None:
+@click.option("--precision", metavar="NAME", help="In which matrices are held for computing.")
+def up(folder: str, nodes: int, roles: str | None, **settings: str | None) -> None:
     """Start the daemons; returns when every node is connected to every other."""
     arguments = ["up", "--dir", absolute(folder), "--nodes", str(nodes)]
-    launch(
-        "testnet",
-        [*arguments, *(["--roles", roles] if roles else [])],
-        {"memory": memory, "hold": hold},
-    )
+    launch("testnet", [*arguments, *(["--roles", roles] if roles else [])], settings)
 
 
 @testnet.command()

@@ -22,6 +22,7 @@ from protocols.dag.admission import Accepted, Staged, admit
 from protocols.dag.genesis import DEVELOPMENT
 from protocols.dag.validate import decode_block
 from protocols.dag.view import MemoryView
+from protocols.errors import RemoteProtocolError
 from protocols.limits import chunk_bytes
 from protocols.tensors.manifest import Dtype, Manifest
 from storage.leveldb import LevelDBEngine
@@ -71,13 +72,25 @@ def test_the_report_is_one_json_document(
         "ratio": None, "goal": "< 2", "runs": 1,
     }  # fmt: skip
     assert command.main(["idle"]) == 0
-    assert "limit not installed" in capsys.readouterr().out
+    assert "limit not on this machine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", command.MEASUREMENTS)
-def test_every_measurement_has_its_module(name: str) -> None:
-    module = importlib.import_module(f"blyan_node.bench.{command.MEASUREMENTS[name]}")
-    assert callable(module.measure)
+def test_every_measurement_can_be_taken(name: str) -> None:
+    assert callable(command.measurement(name))
+    assert command.meant(name) == [name]
+
+
+def test_a_name_means_what_begins_with_it() -> None:
+    assert {"decode-float32", "decode-16bit", "decode-8bit"} <= set(command.meant("decode"))
+    assert command.meant("kernels") == ["kernels"]
+    with pytest.raises(RemoteProtocolError, match="there is none; there are verify-1000"):
+        command.meant("deco")
+
+
+def test_a_peer_that_is_missing_is_said_to_be_and_how_to_get_it() -> None:
+    made = row("x", "s", 1.0, beside={"llama.cpp F32": None}, goal="", runs=1)
+    assert "node-llama-cpp" in command.line(made)
 
 
 def test_what_is_measured_validates() -> None:

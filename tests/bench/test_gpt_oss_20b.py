@@ -10,6 +10,7 @@ from blyan_node.bench.gpt_oss_20b import CONFIG, write_gpt_oss
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.families import layout, parse_config
 from blyan_node.moe.reference import Reference
+from blyan_node.testing.arithmetic import best
 from protocols.ids import Subject
 from protocols.tensors.manifest import Dtype
 
@@ -59,6 +60,6 @@ def test_it_can_be_published_and_computes(tmp_path: Path) -> None:
         )
     }
     assert len(set(bodies.values())) == len(bodies)
-    logits, _ = Reference(checkpoint.config, checkpoint.load).forward(list(range(90)))
+    logits, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(list(range(90)))
     values = np.asarray(logits)
     assert np.isfinite(values).all() and 0.05 < values.std() < 20

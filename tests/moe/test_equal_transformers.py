@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.reference import Reference
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.engine import Engine
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.truth import greedy
@@ -38,5 +39,5 @@ def test_token_by_token_equals_the_full_pass(directory: Path, prompt: list[int])
     cache = engine.trunk.new_cache()
     single = [engine.forward([(cache, [token])], composed)[0] for token in prompt]
     assert torch.equal(torch.cat(single), whole)
-    logits, _ = Reference(checkpoint.config, checkpoint.load).forward(prompt)
+    logits, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(prompt)
     assert torch.equal(whole, logits)

@@ -21,8 +21,9 @@ from blyan_node.moe.config import LatentAttention, ModelConfig
 from blyan_node.moe.families import parse_config
 from blyan_node.moe.latent import Latent
 from blyan_node.moe.layout import attention_part
-from blyan_node.moe.numerics import RopeTable
 from blyan_node.moe.reference import Reference
+from blyan_node.moe.rope import RopeTable
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.engine import Engine
 
 SIZES: dict[str, Any] = {
@@ -76,7 +77,7 @@ class Layer:
             if one.name.startswith("self_attn.") and not one.idle
         }
         assert not state
-        return Latent(attention, tensors, RopeTable(config.rope, attention.rope_dim))
+        return Latent(attention, tensors, RopeTable(config.rope, attention.rope_dim), best())
 
     @torch.inference_mode()
     def truth(self) -> Tensor:
@@ -84,12 +85,16 @@ class Layer:
         x = self.x[None]
         return self.module(x, self.turns(x, torch.arange(ROWS)[None]), mask)[0][0]
 
+    def apply(self, layer: int, x: Tensor, cache: KVCache) -> Tensor:
+        """Rows [n, hidden] through our attention, as the one of a layer."""
+        return self.ours.output(self.ours.mix(layer, self.ours.project(x), cache))
+
     @torch.inference_mode()
     def passed(self, *cuts: int) -> Tensor:
         """All rows, in passes that begin at the cuts."""
         cache = KVCache(self.config)
         ranges = pairwise((0, *cuts, ROWS))
-        return torch.cat([self.ours.apply(0, self.x[a:b], cache) for a, b in ranges])
+        return torch.cat([self.apply(0, self.x[a:b], cache) for a, b in ranges])
 
 
 @pytest.fixture(params=sorted(VARIANTS))
@@ -113,11 +118,11 @@ def test_bits_are_those_of_token_by_token(layer: Layer, threads: int) -> None:
 def test_a_pass_that_was_cut_off_is_done_again(layer: Layer) -> None:
     cache = KVCache(layer.config)
     with torch.inference_mode():
-        first = layer.ours.apply(0, layer.x[:20], cache)
-        layer.ours.apply(0, layer.x[30:40], cache)
+        first = layer.apply(0, layer.x[:20], cache)
+        layer.apply(0, layer.x[30:40], cache)
         cache.truncate(20)
         assert cache.length_of(0) == 20
-        again = torch.cat((first, layer.ours.apply(0, layer.x[20:], cache)))
+        again = torch.cat((first, layer.apply(0, layer.x[20:], cache)))
     assert torch.equal(again, layer.passed())
 
 
@@ -126,12 +131,12 @@ def test_the_cache_has_the_latent_and_the_shared_key_of_a_position_and_no_more()
     cache, room = KVCache(layer.config), 256
     with torch.inference_mode():
         for _ in range(2):
-            layer.ours.apply(0, layer.x, cache)
-        layer.ours.apply(1, layer.x, cache)
+            layer.apply(0, layer.x, cache)
+        layer.apply(1, layer.x, cache)
     assert cache.bytes == 2 * room * (40 + 8) * 4
     with torch.inference_mode():
         for _ in range(4):
-            layer.ours.apply(0, layer.x, cache)
+            layer.apply(0, layer.x, cache)
     assert cache.length_of(0) == 300 and cache.bytes == 3 * room * (40 + 8) * 4
 
 
@@ -147,7 +152,7 @@ def test_the_trunk_equals_the_reference(
     directories: dict[str, Path], prompt: list[int], variant: str
 ) -> None:
     checkpoint = Checkpoint.open(directories[variant])
-    expected, _ = Reference(checkpoint.config, checkpoint.load).forward(prompt)
+    expected, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(prompt)
     engine = Engine(checkpoint.config, checkpoint.load)
     for threads, cuts in ((1, (1, 33)), (2, (32,)), (1, range(1, 48))):
         torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe import reference as plain
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.config import LayerConfig, ModelConfig, MoeFeed, Routing
-from blyan_node.moe.numerics import attention_row
 from blyan_node.moe.reference import Reference
 from blyan_node.moe.routing import route_sigmoid
 from blyan_node.testing.reference import open_reference
@@ -156,67 +157,86 @@ def test_a_wrong_configuration_shows(
     assert error(model, variant) > SHOWS
 
 
-def _drop_sinks(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, sinks: Tensor | None
-) -> Tensor:
-    return attention_row(query, keys, values, scale, None)
+class Mistaken:
+    """An arithmetic of which one operation is done by `mistake`, which is given the right one."""
+
+    def __init__(self, right: Arithmetic, name: str, mistake: Callable[..., Tensor]) -> None:
+        self._right = right
+        setattr(self, name, partial(mistake, getattr(right, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._right, name)
 
 
-def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x[:, ::2], x[:, 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(1)
+Right = Callable[..., Tensor]
 
 
-def _unscaled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+def _drop_sinks(attend: Right, *given: Any, sinks: Tensor | None = None, **named: Any) -> Tensor:
+    return attend(*given, **named)
+
+
+def _other_pairs(rotate: Right, *given: Any, interleaved: bool = False) -> Tensor:
+    return rotate(*given, interleaved=not interleaved)
+
+
+def _not_rotated(rotate: Right, x: Tensor, *given: Any, interleaved: bool = False) -> Tensor:
+    return x
+
+
+def _unscaled_norm(norm: Right, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return norm(x, torch.ones_like(weight), eps)
 
 
 def _corrected_weights(
-    logits: Tensor, top_k: int, routing: Routing, correction: Tensor
+    arithmetic: Arithmetic, logits: Tensor, top_k: int, routing: Routing, correction: Tensor
 ) -> tuple[Tensor, Tensor]:
-    experts, _ = route_sigmoid(logits, top_k, routing, correction)
+    experts, _ = route_sigmoid(arithmetic, logits, top_k, routing, correction)
     weights = (torch.sigmoid(logits) + correction).gather(1, experts)
     return experts, weights / weights.sum(-1, keepdim=True) * routing.scaling
 
 
 def _groups_by_their_best(
-    logits: Tensor, top_k: int, routing: Routing, correction: Tensor
+    arithmetic: Arithmetic, logits: Tensor, top_k: int, routing: Routing, correction: Tensor
 ) -> tuple[Tensor, Tensor]:
     best = (torch.sigmoid(logits) + correction).view(1, routing.groups, -1).amax(-1)
     left_out = torch.ones(best.shape, dtype=torch.bool)
     left_out.scatter_(1, best.topk(routing.groups_chosen).indices, False)
     masked = left_out.repeat_interleave(logits.shape[1] // routing.groups, dim=1)
     ungrouped = dataclasses.replace(routing, groups=1, groups_chosen=1)
-    return route_sigmoid(logits, top_k, ungrouped, correction.where(~masked, -9.0))
+    return route_sigmoid(arithmetic, logits, top_k, ungrouped, correction.where(~masked, -9.0))
 
 
 @pytest.mark.parametrize(
     ("variant", "name", "mistake"),
     [
-        ("mixtral", "rotate", _interleaved),
-        ("mixtral", "rotate", lambda x, cos, sin: x),
+        ("mixtral", "rotate", _other_pairs),
+        ("mixtral", "rotate", _not_rotated),
         ("mixtral", "rms_norm", _unscaled_norm),
-        ("gpt_oss", "attention_row", _drop_sinks),
-        ("gpt_oss", "rotate", _interleaved),
-        ("deepseek_v3", "route_sigmoid", _corrected_weights),
-        ("deepseek_v3", "route_sigmoid", _groups_by_their_best),
-        ("deepseek_v3", "rotate", lambda x, cos, sin: x),
+        ("gpt_oss", "attend", _drop_sinks),
+        ("gpt_oss", "rotate", _other_pairs),
+        ("deepseek_v3", "rotate", _not_rotated),
         ("deepseek_v3", "rms_norm", _unscaled_norm),
-        ("qwen3_moe", "rotate", _interleaved),
-        ("olmoe", "rotate", _interleaved),
+        ("qwen3_moe", "rotate", _other_pairs),
+        ("olmoe", "rotate", _other_pairs),
     ],
 )
 def test_a_wrong_step_shows(
+    directories: dict[str, Path], error: Told, variant: str, name: str, mistake: Right
+) -> None:
+    model = open_reference(directories[variant])
+    model.arithmetic = Mistaken(model.arithmetic, name, mistake)  # type: ignore[assignment]
+    assert error(model, variant) > SHOWS
+
+
+@pytest.mark.parametrize("mistake", [_corrected_weights, _groups_by_their_best])
+def test_a_wrong_choice_shows(
     directories: dict[str, Path],
     error: Told,
     monkeypatch: pytest.MonkeyPatch,
-    variant: str,
-    name: str,
     mistake: Callable[..., object],
 ) -> None:
-    model = open_reference(directories[variant])
-    monkeypatch.setattr(plain, name, mistake)
-    assert error(model, variant) > SHOWS
+    monkeypatch.setattr(plain, "route", mistake)
+    assert error(open_reference(directories["deepseek_v3"]), "deepseek_v3") > SHOWS
 
 
 @pytest.mark.parametrize(
@@ -265,11 +285,9 @@ def test_a_tensor_left_out_shows(
     assert error(model, variant) > SHOWS
 
 
-def test_clipping_before_the_norm_shows(
-    directories: dict[str, Path], error: Told, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clipping_before_the_norm_shows(directories: dict[str, Path], error: Told) -> None:
     """OLMoE clips queries and keys after their norm."""
-    model, norm = open_reference(directories["olmoe"]), plain.rms_norm
+    model = open_reference(directories["olmoe"])
     clip = model.config.layers[0].attention.clip
     norms = {
         id(tensor)
@@ -278,8 +296,9 @@ def test_clipping_before_the_norm_shows(
         if role in ("q_norm", "k_norm")
     }
 
-    def clipped_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def clipped_first(norm: Right, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm(x.clamp(-clip, clip) if id(weight) in norms else x, weight, eps)
 
-    monkeypatch.setattr(plain, "rms_norm", clipped_first)
+    wrong = Mistaken(model.arithmetic, "rms_norm", clipped_first)
+    model.arithmetic = wrong  # type: ignore[assignment]
     assert error(model, "olmoe") > SHOWS

@@ -15,6 +15,7 @@ from blyan_node.moe.experts import Expert
 from blyan_node.moe.export import write_checkpoint
 from blyan_node.moe.families import parse_config, sources
 from blyan_node.moe.reference import Reference
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.engine import Engine
 from blyan_node.testing.mxfp4 import dequantised, make_mxfp4_checkpoint, quantise
 from blyan_node.testing.truth import greedy, logits_of
@@ -44,7 +45,7 @@ def truth(dense: Path) -> Tensor:
 
 def _error(path: Path, truth: Tensor) -> float:
     checkpoint = Checkpoint.open(path)
-    logits, _ = Reference(checkpoint.config, checkpoint.load).forward(PROMPT)
+    logits, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(PROMPT)
     return float((logits - truth).abs().max() / truth.abs().max())
 
 
@@ -53,13 +54,13 @@ def test_logits_and_tokens_are_those_of_the_unpacked_weights(
 ) -> None:
     assert _error(packed, truth) < 1e-4
     checkpoint = Checkpoint.open(packed)
-    tokens = Reference(checkpoint.config, checkpoint.load).generate(PROMPT, 16)
+    tokens = Reference(checkpoint.config, checkpoint.load, best()).generate(PROMPT, 16)
     assert tokens == greedy(dense, PROMPT, 16) and len(set(tokens)) > 4
 
 
 def test_what_a_swarm_computes_equals_the_reference(packed: Path) -> None:
     checkpoint = Checkpoint.open(packed)
-    expected, _ = Reference(checkpoint.config, checkpoint.load).forward(PROMPT)
+    expected, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(PROMPT)
     engine = Engine(checkpoint.config, checkpoint.load)
     cache, composed = engine.trunk.new_cache(), random.Random(3)
     logits = [engine.forward([(cache, ids)], composed)[0] for ids in (PROMPT[:31], PROMPT[31:])]
@@ -69,7 +70,7 @@ def test_what_a_swarm_computes_equals_the_reference(packed: Path) -> None:
 def test_an_expert_is_held_as_it_is_stored(packed: Path) -> None:
     checkpoint = Checkpoint.open(packed)
     given = checkpoint.load(EXPERT)
-    expert = Expert(checkpoint.config, EXPERT, given)
+    expert = Expert(checkpoint.config, EXPERT, given, best())
     assert expert.bytes == sum(len(data) for _, _, data in given.values()) and expert.copied == 0
     values = 2 * 96 * 64 + 64 * 96
     assert expert.bytes == values * 17 // 32 + 2 * (2 * 96 + 64)  # 4.25 bits a value, and biases
@@ -194,7 +195,7 @@ def test_packed_tensors_must_be_bytes_and_floats_floats(packed: Path, tmp_path: 
     _, shape, data = given["down_proj_blocks"]
     wrong = {**given, "down_proj_blocks": (Dtype.BF16, shape, data)}
     with pytest.raises(Refused, match=r"down_proj_blocks is BF16 .* expected U8"):
-        Expert(checkpoint.config, EXPERT, wrong)
+        Expert(checkpoint.config, EXPERT, wrong, best())
 
 
 def test_quantising_finds_the_nearest_values() -> None:

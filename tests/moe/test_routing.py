@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from blyan_node.moe import numerics
 from blyan_node.moe.config import Routing
 from blyan_node.moe.routing import route_sigmoid
+from blyan_node.testing.arithmetic import best
 
 
 def _noise(*shape: int, seed: int) -> Tensor:
@@ -45,8 +45,8 @@ def test_as_transformers(
         "sigmoid", renormalise=normed, correction=True, groups=groups,
         groups_chosen=groups_chosen, scaling=1.7,
     )  # fmt: skip
-    logits = numerics.linear(x, router.weight)
-    chosen, weights = route_sigmoid(logits, top_k, routing, router.e_score_correction_bias)
+    logits = best().product(router.weight)(x)
+    chosen, weights = route_sigmoid(best(), logits, top_k, routing, router.e_score_correction_bias)
     assert torch.allclose(
         _weights_by_expert(chosen, weights, experts),
         _weights_by_expert(expected, expected_weights, experts),
@@ -58,13 +58,13 @@ def test_groups_left_out_are_never_chosen() -> None:
     """Every score of the best group is below 0, which a mask of zeros would put first."""
     correction = torch.tensor([-2.0, -2.0, -3.0, -2.5])
     routing = Routing("sigmoid", renormalise=True, correction=True, groups=2)
-    experts, weights = route_sigmoid(torch.zeros(1, 4), 2, routing, correction)
+    experts, weights = route_sigmoid(best(), torch.zeros(1, 4), 2, routing, correction)
     assert experts.tolist() == [[0, 1]] and weights.tolist() == [[0.5, 0.5]]
 
 
 def test_equal_scores_go_to_the_smaller_number() -> None:
     routing = Routing("sigmoid", renormalise=False, groups=3, groups_chosen=2, scaling=2.0)
-    experts, weights = route_sigmoid(torch.zeros(1, 9), 4, routing)
+    experts, weights = route_sigmoid(best(), torch.zeros(1, 9), 4, routing)
     assert experts.tolist() == [[0, 1, 2, 3]] and weights.tolist() == [[1.0] * 4]
 
 
@@ -72,10 +72,10 @@ def test_equal_scores_go_to_the_smaller_number() -> None:
 def test_row_by_row_the_same_bits(threads: int) -> None:
     logits, correction = 2 * _noise(37, 24, seed=4), 0.3 * _noise(24, seed=5)
     routing = Routing("sigmoid", renormalise=True, groups=6, groups_chosen=3, scaling=2.5)
-    rows = [route_sigmoid(row[None].clone(), 5, routing, correction) for row in logits]
+    rows = [route_sigmoid(best(), row[None].clone(), 5, routing, correction) for row in logits]
     experts, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))
     torch.set_num_threads(threads)
     for first, last in itertools.pairwise((0, 8, 9, 20, 37)):
-        got = route_sigmoid(logits[first:last], 5, routing, correction)
+        got = route_sigmoid(best(), logits[first:last], 5, routing, correction)
         assert torch.equal(got[0], experts[first:last])
         assert torch.equal(got[1], weights[first:last])

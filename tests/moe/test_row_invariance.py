@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blyan_node.moe import numerics
+from blyan_node.moe.arithmetic import Arithmetic, choose
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.reference import Reference
+from blyan_node.moe.routing import route_softmax
 from blyan_node.moe.trunk import Trunk
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.engine import Engine
 
@@ -36,34 +39,42 @@ def _moved(x: Tensor, by: int) -> Tensor:
     return memory[first : first + x.numel()].view(x.shape).copy_(x)
 
 
+@pytest.fixture(params=["best", "torch"])
+def rules(request: pytest.FixtureRequest) -> Arithmetic:
+    """The arithmetic of this machine, and the one that every machine has."""
+    return best() if request.param == "best" else choose("torch")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize(("out", "into"), SHAPES)
-def test_linear(out: int, into: int, by_columns: bool, threads: int) -> None:
+def test_products(rules: Arithmetic, out: int, into: int, by_columns: bool, threads: int) -> None:
     weight, x = _noise(out, into, seed=1), _noise(19, into, seed=2)
     weight = weight.t().contiguous().t() if by_columns else weight
-    alone = torch.cat([numerics.linear(row[None].clone(), weight) for row in x])
+    product = rules.product(weight)
+    alone = torch.cat([product(row[None].clone()) for row in x])
     torch.set_num_threads(threads)
-    assert torch.equal(numerics.linear(x, weight), alone)
+    assert torch.equal(product(x), alone)
     order = torch.randperm(19, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(numerics.linear(x[order][:11], weight), alone[order][:11])
+    assert torch.equal(product(x[order][:11]), alone[order][:11])
     for by in (1, 2, 4):
-        assert torch.equal(numerics.linear(_moved(x, by), weight), alone)
+        assert torch.equal(product(_moved(x, by)), alone)
     assert torch.allclose(alone, x @ weight.t(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("width", [1, 5, 37, 576, 2880])
-def test_functions_of_rows(width: int, threads: int) -> None:
+def test_functions_of_rows(rules: Arithmetic, width: int, threads: int) -> None:
     x, weight = 3 * _noise(33, width, seed=4), _noise(width, seed=5)
 
     def results(rows: Tensor) -> list[Tensor]:
         return [
-            numerics.rms_norm(rows, weight, 1e-5),
-            numerics.sigmoid(rows),
-            *numerics.route(rows, min(4, width), over_chosen=True),
-            *numerics.route(rows, min(4, width), over_chosen=False),
-            *numerics.route(rows, min(4, width), over_chosen=False, renormalise=False),
+            rules.rms_norm(rows, weight, 1e-5),
+            rules.sigmoid(rows),
+            rules.swiglu(rows, 2 * rows),
+            *route_softmax(rules, rows, min(4, width), over_chosen=True),
+            *route_softmax(rules, rows, min(4, width), over_chosen=False),
+            *route_softmax(rules, rows, min(4, width), over_chosen=False, renormalise=False),
         ]
 
     alone = [
@@ -87,7 +98,7 @@ def test_attention_on_threads(seen: int, threads: int) -> None:
 
 def test_equal_logits_go_to_the_smaller_expert() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]])
-    experts, weights = numerics.route(logits, 3, over_chosen=True)
+    experts, weights = route_softmax(best(), logits, 3, over_chosen=True)
     assert experts.tolist() == [[1, 2, 4]]
     assert torch.allclose(weights, torch.full((1, 3), 1 / 3))
 
@@ -96,7 +107,7 @@ def test_equal_logits_go_to_the_smaller_expert() -> None:
 def _engine(path: Path) -> tuple[Engine, list[Tensor]]:
     """An engine and the reference's logits of `PROMPT` and of its second half alone."""
     checkpoint = Checkpoint.open(path)
-    model = Reference(checkpoint.config, checkpoint.load)
+    model = Reference(checkpoint.config, checkpoint.load, best())
     logits = [model.forward(ids)[0] for ids in (PROMPT, PROMPT[35:])]
     return Engine(checkpoint.config, checkpoint.load), logits
 
@@ -152,7 +163,7 @@ def test_the_cache_grows_beyond_its_first_buffer(tmp_path: Path) -> None:
     cache = engine.trunk.new_cache()
     cuts = engine.trunk.prefill_cuts(0, 600)
     logits = [engine.forward([(cache, ids[a:b])], random.Random(0))[0] for a, b in cuts]
-    expected, _ = Reference(checkpoint.config, checkpoint.load).forward(ids)
+    expected, _ = Reference(checkpoint.config, checkpoint.load, best()).forward(ids)
     assert torch.equal(torch.cat(logits), expected)
     assert cache.length == 600 and cache.bytes == 2 * 2 * 2 * 1024 * 16 * 4
 

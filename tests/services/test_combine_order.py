@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blyan_node.moe import numerics
+from blyan_node.moe.arithmetic import choose
+from blyan_node.testing.arithmetic import best
 from protocols.forward.grouping import combine
 
 
@@ -17,7 +18,8 @@ def test_the_engine_and_the_plain_reference_agree_bit_for_bit(
     outputs = rng.standard_normal((rows, top_k, 24)).astype(np.float32)
     weights = rng.random((rows, top_k)).astype(np.float32)
     residual = torch.zeros(rows, 24)
-    total = numerics.combine(residual, torch.from_numpy(weights), torch.from_numpy(outputs))
-    for row in range(rows):
-        plain = combine(outputs[row].tolist(), weights[row].tolist())
-        assert total[row].tolist() == plain
+    for rules in (best(), choose("torch")):
+        total = rules.combine(residual, torch.from_numpy(weights), torch.from_numpy(outputs))
+        for row in range(rows):
+            plain = combine(outputs[row].tolist(), weights[row].tolist())
+            assert total[row].tolist() == plain

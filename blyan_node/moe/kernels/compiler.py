@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from blyan_node.moe.kernels import attention, emit, epilogues, reading, tile
+from blyan_node.moe.kernels import attention, columns, emit, epilogues, reading, sequence, tile
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
 
@@ -22,10 +23,13 @@ def describe(target: Target) -> ir.Module:
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
         export(module, tile.product(module, storage, target))
+        if storage.by_columns:
+            export(module, columns.columns(module, storage, target))
     for function in epilogues.all_epilogues(module, target):
         export(module, function)
     export(module, attention.attention(module, target))
     export(module, reading.read(module))
+    export(module, sequence.run(module))
     return module
 
 
@@ -61,8 +65,16 @@ def machine(target: Target) -> Any:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Machine code that can be called, without the GIL."""
+
+    call: Callable[..., None]
+    address: int
+
+
 class Code:
-    """Machine code in this process. Functions are called without the GIL."""
+    """Machine code in this process."""
 
     def __init__(self, target: Target, machine_code: bytes) -> None:
         empty = llvm.parse_assembly(f'target triple = "{llvm.get_process_triple()}"')
@@ -70,11 +82,11 @@ class Code:
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
         self._engine.finalize_object()
 
-    def function(self, name: str, arguments: Sequence[Any]) -> Callable[..., None]:
+    def function(self, name: str, arguments: Sequence[Any]) -> Kernel:
         """The kernel of that name; `arguments` are ctypes."""
         address = self._engine.get_function_address(name)
         assert address, name
-        return ctypes.CFUNCTYPE(None, *arguments)(address)
+        return Kernel(ctypes.CFUNCTYPE(None, *arguments)(address), address)
 
 
 def export(module: ir.Module, inner: ir.Function) -> None:

@@ -21,6 +21,8 @@ Body = Callable[[int, ir.Value], None]
 def all_epilogues(module: ir.Module, target: Target) -> list[ir.Function]:
     """The functions of this file."""
     return [
+        _add(module, target),
+        _combine(module, target),
         _swiglu(module, target),
         _gpt_oss(module, target),
         _sigmoid(module, target),
@@ -62,6 +64,51 @@ def _rows(
 def _row_of(b: ir.IRBuilder, places: Sequence[ir.Value], row: ir.Value) -> list[ir.Value]:
     pairs = zip(places[::2], places[1::2], strict=True)
     return [emit.at(b, place, b.mul(row, stride)) for place, stride in pairs]
+
+
+def _add(module: ir.Module, target: Target) -> ir.Function:
+    """out = x + y."""
+    b, places, (rows, count) = _rows(module, "add", ("out", "x", "y"), ())
+    with emit.counting(b, rows) as row:
+        out, x, y = _row_of(b, places, row)
+
+        def body(width: int, index: ir.Value) -> None:
+            store(b, b.fadd(load(b, width, x, index), load(b, width, y, index)), out, index)
+
+        elements(b, count, target.lanes, body)
+    b.ret_void()
+    return b.function
+
+
+def _combine(module: ir.Module, target: Target) -> ir.Function:
+    """out = residual + (w[0] · experts[0] + w[1] · experts[1] + …), for `ranks` experts of a row.
+
+    The experts' rows of one row lie one after another.
+    """
+    extra = (("weights", POINTER), ("ranks", I64))
+    places_of = ("out", "residual", "experts")
+    b, places, (rows, count, weights, ranks) = _rows(module, "combine", places_of, extra)
+    with emit.counting(b, rows) as row:
+        out, residual, experts = _row_of(b, places, row)
+        mine = emit.at(b, weights, b.shl(b.mul(row, ranks), emit.word(2)))
+
+        def body(width: int, index: ir.Value) -> None:
+            kind = vector(FLOAT, width)
+
+            def product(rank: ir.Value) -> ir.Value:
+                expert = emit.at(b, experts, b.shl(b.mul(rank, count), emit.word(2)))
+                weight = emit.load(b, FLOAT, mine, b.shl(rank, emit.word(2)))
+                return b.fmul(emit.broadcast(b, weight, width), load(b, width, expert, index))
+
+            total = emit.slot(b, kind, product(emit.word(0)))
+            with emit.counting(b, ranks, first=1) as rank:
+                b.store(b.fadd(b.load(total, typ=kind), product(rank)), total)
+            value = b.load(total, typ=kind)
+            store(b, b.fadd(load(b, width, residual, index), value), out, index)
+
+        elements(b, count, target.lanes, body)
+    b.ret_void()
+    return b.function
 
 
 def _swiglu(module: ir.Module, target: Target) -> ir.Function:
@@ -209,13 +256,23 @@ def _sum(b: ir.IRBuilder, x: ir.Value, count: ir.Value, lanes: int, *, squares: 
 def _rotate(module: ir.Module, target: Target, *, interleaved: bool) -> ir.Function:
     """Turns the pairs of each row by an angle: out = (a·cos - b·sin, b·cos + a·sin), in halves.
 
-    `count` is the number of pairs. A pair is (i, i + count), or (2i, 2i + 1) if interleaved.
+    A row has `heads` heads that are turned alike; strides are from row to row and, `_head_stride`,
+    from head to head. `count` is the number of pairs. A pair is (i, i + count), or (2i, 2i + 1) if
+    interleaved.
     """
     name = "rotate_pairs" if interleaved else "rotate_halves"
-    extra = (("cos", POINTER), ("sin", POINTER))
-    b, places, (rows, count, cos, sin) = _rows(module, name, ("out", "x"), extra)
-    with emit.counting(b, rows) as row:
-        out, x = _row_of(b, places, row)
+    extra = (
+        ("cos", POINTER), ("sin", POINTER), ("angles_stride", I64),
+        ("heads", I64), ("out_head_stride", I64), ("x_head_stride", I64),
+    )  # fmt: skip
+    b, places, values = _rows(module, name, ("out", "x"), extra)
+    rows, count, first_cos, first_sin, angles_stride, heads, *head_strides = values
+    with emit.counting(b, rows) as row, emit.counting(b, heads) as head:
+        cos, sin = (emit.at(b, p, b.mul(row, angles_stride)) for p in (first_cos, first_sin))
+        out, x = (
+            emit.at(b, place, b.mul(head, stride))
+            for place, stride in zip(_row_of(b, places, row), head_strides, strict=True)
+        )
 
         def body(width: int, index: ir.Value) -> None:
             if interleaved:

@@ -5,13 +5,17 @@ thread that calls and the number of threads that share the work.
 """
 
 import ctypes
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from blyan_node.moe.kernels import attention, compiler, objects
+from blyan_node.moe.kernels.compiler import Kernel
 from blyan_node.moe.kernels.matrix import Buffer, Matrix, address
+from blyan_node.moe.kernels.recording import Recorder
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target, runnable
 from blyan_node.moe.kernels.workers import Workers
@@ -26,13 +30,15 @@ LINEAR = (_PLACE, _PLACE, _COUNT, _COUNT, _PLACE, _COUNT, _COUNT, _COUNT)
 
 _ROWS = (_PLACE, _COUNT)
 _EPILOGUES = {
+    "add": (*_ROWS * 3, _COUNT, _COUNT),
+    "combine": (*_ROWS * 3, _COUNT, _COUNT, _PLACE, _COUNT),
     "swiglu": (*_ROWS * 3, _COUNT, _COUNT),
     "gpt_oss": (*_ROWS * 2, _COUNT, _COUNT, _NUMBER, _NUMBER),
     "rms_norm": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _NUMBER),
     "softmax": (*_ROWS * 2, _COUNT, _COUNT),
     "sigmoid": (*_ROWS * 2, _COUNT, _COUNT),
-    "rotate_halves": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE),
-    "rotate_pairs": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE),
+    "rotate_halves": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE, *[_COUNT] * 4),
+    "rotate_pairs": (*_ROWS * 2, _COUNT, _COUNT, _PLACE, _PLACE, *[_COUNT] * 4),
 }
 
 
@@ -50,12 +56,19 @@ class Kernels:
         self._linear = {
             name: self._code.function(f"call_linear_{name}", LINEAR) for name in STORAGES
         }
+        self._columns = {
+            name: self._code.function(f"call_columns_{name}", LINEAR)
+            for name, storage in STORAGES.items()
+            if storage.by_columns
+        }
         self._epilogues = {
             name: self._code.function(f"call_{name}", arguments)
             for name, arguments in _EPILOGUES.items()
         }
-        self._read = self._code.function("call_read", (_PLACE, _COUNT, _PLACE))
-        self._attend = self._code.function("call_attend", (_PLACE, _COUNT, _COUNT))
+        run = self._code.function("call_run", (_PLACE, _COUNT)).call
+        self.recorder = Recorder(run if threads == 1 else None)
+        self._read = self._code.function("call_read", (_PLACE, _COUNT, _PLACE)).call
+        self._attend = self._code.function("call_attend", (_PLACE, _COUNT, _COUNT)).call
 
     def close(self) -> None:
         """Ends the threads that share the work; what is called later runs on the calling one."""
@@ -74,17 +87,41 @@ class Kernels:
         are left as they are.
         """
         rows, outs, depth = x.shape[0], matrix.outs, matrix.depth
-        out = torch.empty(rows, outs) if out is None else out
+        out = self._empty(rows, outs) if out is None else out
         begin, end = span or (0, outs)
         assert x.shape == (rows, depth) and out.shape == (rows, outs) and 0 <= begin <= end <= outs
-        function, place = self._linear[matrix.storage.name], matrix.place
-        (x_at, x_stride), (out_at, out_stride) = _rows(x), _rows(out)
+        kernel = (self._columns if matrix.by_columns else self._linear)[matrix.storage.name]
+        given = (matrix.place, *_rows(x), rows, *_rows(out))
+        if self._workers.threads == 1:
+            kernel.call(*given, begin, end)
+        else:
+            self._share(kernel, given, (begin, end), rows * depth)
+        if self.recorder.active is not None:
+            share = partial(self._share, kernel, given, (begin, end), rows * depth)
+            self.recorder.active.add(kernel.address, (*given, begin, end), share, matrix)
+        return out
+
+    def _share(
+        self, kernel: Kernel, given: Sequence[int], span: tuple[int, int], products: int
+    ) -> None:
+        """Has the columns of a span, of so many products each, computed by all threads."""
+        begin, end = span
 
         def part(first: int, last: int) -> None:
-            function(place, x_at, x_stride, rows, out_at, out_stride, begin + first, begin + last)
+            kernel.call(*given, begin + first, begin + last)
 
-        self._workers.share(part, end - begin, rows * depth * (end - begin), _COLUMNS_STEP)
-        return out
+        self._workers.share(part, end - begin, products * (end - begin), _COLUMNS_STEP)
+
+    def _empty(self, *shape: int) -> Tensor:
+        recording = self.recorder.active
+        return torch.empty(shape) if recording is None else recording.empty(*shape)
+
+    def _call(self, name: str, *given: int | float, weights: object = None) -> None:
+        kernel = self._epilogues[name]
+        kernel.call(*given)
+        if self.recorder.active is not None:
+            share = partial(kernel.call, *given)
+            self.recorder.active.add(kernel.address, given, share, weights)
 
     def read(self, buffer: Buffer, length: int) -> int:
         """Reads `length` bytes and does next to nothing: the limit of every product of one row."""
@@ -92,10 +129,30 @@ class Kernels:
         self._read(address(buffer), length, ctypes.addressof(found))
         return found.value
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, both [n, width]."""
+        out = self._empty(*x.shape)
+        assert x.shape == y.shape
+        self._call("add", *_rows(out), *_rows(x), *_rows(y), *x.shape)
+        return out
+
+    def combine(self, residual: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """residual [n, width] + the sum of rows [n, k, width] by weights [n, k], k ascending."""
+        n, ranks, width = rows.shape
+        assert weights.shape == (n, ranks) and residual.shape == (n, width) and ranks > 0
+        assert weights.is_contiguous() and rows.is_contiguous() and weights.dtype == torch.float32
+        assert self.recorder.active is None  # the weights are other ones for each row
+        out = self._empty(n, width)
+        self._call(
+            "combine", *_rows(out), *_rows(residual), *_rows(rows.view(n, ranks * width)),
+            n, width, weights.data_ptr(), ranks,
+        )  # fmt: skip
+        return out
+
     def swiglu(self, gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
         """SiLU(gate) · up, both [n, width]."""
-        out = torch.empty(gate.shape) if out is None else out
-        self._epilogues["swiglu"](*_rows(out), *_rows(gate), *_rows(up), *gate.shape)
+        out = self._empty(*gate.shape) if out is None else out
+        self._call("swiglu", *_rows(out), *_rows(gate), *_rows(up), *gate.shape)
         return out
 
     def gpt_oss(
@@ -106,42 +163,64 @@ class Kernels:
         gate is clamped to at most `limit`, up to ± `limit`.
         """
         n, width = both.shape[0], both.shape[1] // 2
-        out = torch.empty(n, width) if out is None else out
-        self._epilogues["gpt_oss"](*_rows(out), *_rows(both), n, width, limit, alpha)
+        out = self._empty(n, width) if out is None else out
+        self._call("gpt_oss", *_rows(out), *_rows(both), n, width, float(limit), float(alpha))
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """x · (1 / √(mean of squares + eps)) · weight, for each row of x [n, width]."""
         assert weight.dtype == torch.float32 and weight.is_contiguous()
         assert weight.shape == x.shape[1:]
-        out = torch.empty(x.shape) if out is None else out
-        self._epilogues["rms_norm"](*_rows(out), *_rows(x), *x.shape, weight.data_ptr(), eps)
+        out = self._empty(*x.shape) if out is None else out
+        self._call(
+            "rms_norm",
+            *_rows(out),
+            *_rows(x),
+            *x.shape,
+            weight.data_ptr(),
+            float(eps),
+            weights=weight,
+        )
         return out
 
     def softmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Softmax of each row of x [n, width]; `out` may be `x`."""
-        out = torch.empty(x.shape) if out is None else out
-        self._epilogues["softmax"](*_rows(out), *_rows(x), *x.shape)
+        out = self._empty(*x.shape) if out is None else out
+        self._call("softmax", *_rows(out), *_rows(x), *x.shape)
         return out
 
     def sigmoid(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """1 / (1 + e^-x) of x [n, width]; `out` may be `x`."""
-        out = torch.empty(x.shape) if out is None else out
-        self._epilogues["sigmoid"](*_rows(out), *_rows(x), *x.shape)
+        out = self._empty(*x.shape) if out is None else out
+        self._call("sigmoid", *_rows(out), *_rows(x), *x.shape)
         return out
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-        """Rotary embedding of x [heads, dim] at one position; cos and sin are [dim / 2].
+    def rotate(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        interleaved: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rotary embedding of x [n, heads, dim], row by row; cos and sin are [n, dim / 2].
 
         Pairs are (i, i + dim / 2), or (2i, 2i + 1) if interleaved; the result has them in halves.
+        `out` takes it: float32 [n, heads, dim] of any strides but the last.
         """
-        heads, dim = x.shape
+        n, heads, dim = x.shape
+        assert self.recorder.active is None  # the angles are other ones for each row
+        out = torch.empty(n, heads, dim) if out is None else out
         for angles in (cos, sin):
             assert angles.dtype == torch.float32 and angles.is_contiguous()
-            assert angles.shape == (dim // 2,) and dim % 2 == 0
-        out = torch.empty(heads, dim)
-        function = self._epilogues["rotate_pairs" if interleaved else "rotate_halves"]
-        function(*_rows(out), *_rows(x), heads, dim // 2, cos.data_ptr(), sin.data_ptr())
+            assert angles.shape == (n, dim // 2) and dim % 2 == 0
+        for rows in (x, out):
+            assert rows.dtype == torch.float32 and rows.stride(2) == 1 and rows.shape == x.shape
+        self._epilogues["rotate_pairs" if interleaved else "rotate_halves"].call(
+            out.data_ptr(), 4 * out.stride(0), x.data_ptr(), 4 * x.stride(0), n, dim // 2,
+            cos.data_ptr(), sin.data_ptr(), 2 * dim, heads, 4 * out.stride(1), 4 * x.stride(1),
+        )  # fmt: skip
         return out
 
     def attend(
@@ -150,30 +229,41 @@ class Kernels:
         keys: Tensor,
         values: Tensor,
         scale: float,
+        *,
+        window: int | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one token: query [heads, dim] over keys [kv heads, seen, dim] and values.
+        """Attention of the last n positions: query [n, heads, dim] → [n, heads, value dim].
 
-        values [kv heads, seen, value dim]; sinks [heads] take part in the softmax and have no
-        value. `seen` holds what the token may see and nothing else. Returns [heads, value dim].
+        keys [kv heads, seen, dim] and values [kv heads, seen, value dim] end with the last row's
+        own; the row r before it does not see the last r, and none sees more than `window`. sinks
+        [heads] take part in the softmax and have no value.
         """
-        (heads, dim), (kv_heads, seen, value_dim) = query.shape, values.shape
-        assert keys.shape == (kv_heads, seen, dim) and heads % kv_heads == 0
-        assert keys.stride(2) == values.stride(2) == 1 and seen > 0
-        assert keys.dtype == values.dtype == torch.float32
-        out, scores = torch.empty(heads, value_dim), torch.empty(heads, seen + 1)
-        factor = ctypes.c_float(scale)
+        (n, heads, dim), (kv_heads, seen, value_dim) = query.shape, values.shape
+        assert keys.shape == (kv_heads, seen, dim) and heads % kv_heads == 0 and seen >= n > 0
+        assert keys.stride(2) == values.stride(2) == query.stride(2) == 1
+        assert keys.dtype == values.dtype == query.dtype == torch.float32
+        assert self.recorder.active is None  # there are more positions for each row
+        out, scores = torch.empty(n, heads, value_dim), torch.empty(heads, seen + 1)
+        factor, group = ctypes.c_float(scale), heads // kv_heads
+        parts = _parts(group, -(-self._workers.threads // kv_heads))
         task = _Task(
-            *_rows(query), *_rows(out),
+            query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1),
+            out.data_ptr(), 4 * heads * value_dim, 4 * value_dim,
             keys.data_ptr(), 4 * keys.stride(0), 4 * keys.stride(1),
             values.data_ptr(), 4 * values.stride(0), 4 * values.stride(1),
             scores.data_ptr(), ctypes.addressof(factor), 0 if sinks is None else sinks.data_ptr(),
-            heads // kv_heads, seen, dim, value_dim,
+            group, parts, n, seen, window or seen, dim, value_dim,
         )  # fmt: skip
         place = ctypes.addressof(task)
-        products = 2 * heads * seen * dim
-        self._workers.share(lambda *span: self._attend(place, *span), kv_heads, products)
+        products = 2 * n * heads * seen * dim
+        self._workers.share(lambda *span: self._attend(place, *span), kv_heads * parts, products)
         return out
+
+
+def _parts(group: int, wanted: int) -> int:
+    """The least number of equal parts of a group that is at least `wanted`, or the most."""
+    return next((n for n in range(wanted, group) if group % n == 0), group)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

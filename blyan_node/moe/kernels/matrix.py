@@ -53,7 +53,8 @@ class Matrix:
 
     `weights` has `outs` rows of `depth` weights, one after another, at any address. mxfp4 has two
     weights in a byte, the lower four bits first, and `block_scales` with a byte for each 32. Any
-    storage may have `scales` and `biases`, float32 [outs]. The buffers are kept alive.
+    storage may have `scales` and `biases`, float32 [outs]. The buffers are kept alive. By columns,
+    float32, bfloat16 or float16 lie as [depth, outs], without scales.
     """
 
     def __init__(
@@ -65,13 +66,17 @@ class Matrix:
         block_scales: Buffer | None = None,
         scales: Buffer | None = None,
         biases: Buffer | None = None,
+        by_columns: bool = False,
     ) -> None:
+        self.by_columns = by_columns
         self.storage = STORAGES[storage]
         self.outs, self.depth = shape
         if self.storage.scaled != (block_scales is not None):
             raise ValueError(f"{storage}: block_scales belong to mxfp4 and to nothing else")
         if self.storage.scaled and self.depth % BLOCK:
             raise ValueError(f"{storage}: depth {self.depth} is not a multiple of {BLOCK}")
+        if by_columns and (not self.storage.by_columns or scales is not None):
+            raise ValueError(f"{storage}: it is not read by columns, nor is what has scales")
         self._buffers = (weights, block_scales, scales, biases)
         stride = self.storage.bytes(self.depth)
         blocks = self.depth // BLOCK if self.storage.scaled else 0
@@ -82,7 +87,7 @@ class Matrix:
         self.bytes = sum(_length(buffer) for buffer in self._buffers if buffer is not None)
         self._place = _Place(
             weights=address(weights),
-            weights_stride=stride,
+            weights_stride=self.storage.bytes(self.outs) if by_columns else stride,
             block_scales=0 if block_scales is None else address(block_scales),
             block_scales_stride=blocks,
             scales=address(_ONE if scales is None else scales),
@@ -98,7 +103,10 @@ class Matrix:
     def of(
         cls, weight: torch.Tensor, *, scales: Buffer | None = None, biases: Buffer | None = None
     ) -> "Matrix":
-        """A weight [outs, depth] as torch keeps it, in the storage of its dtype."""
-        if weight.dtype not in _DTYPES or weight.dim() != 2 or not weight.is_contiguous():
-            raise ValueError(f"{weight.dtype} {tuple(weight.shape)} cannot be read in place")
-        return cls(_DTYPES[weight.dtype], weight.shape, weight, scales=scales, biases=biases)
+        """A weight [outs, depth] as torch keeps it, or a transposed view of one."""
+        shape, by_columns = weight.shape, weight.dim() == 2 and not weight.is_contiguous()
+        lying = weight.t() if by_columns else weight
+        if weight.dtype not in _DTYPES or weight.dim() != 2 or not lying.is_contiguous():
+            raise ValueError(f"{weight.dtype} {tuple(shape)} cannot be read in place")
+        storage = _DTYPES[weight.dtype]
+        return cls(storage, shape, lying, scales=scales, biases=biases, by_columns=by_columns)

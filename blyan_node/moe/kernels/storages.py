@@ -23,7 +23,8 @@ class Storage:
     """`bits` of a weight, and `read(b, block, scale, lanes)`: the parts of the block of 32 there.
 
     `scale` points to the block's scale byte in a storage that has one (`scaled`). `effort` is 0
-    for weights that need no work to become float32, 1 for little and 2 for much.
+    for weights that need no work to become float32, 1 for little and 2 for much. Those of
+    checkpoints are also read `by_columns`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Storage:
     effort: int
     unit: float = 1.0
     scaled: bool = False
+    by_columns: bool = False
 
     def bytes(self, weights: int) -> int:
         """The length of so many weights."""
@@ -135,9 +137,9 @@ def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
 STORAGES = {
     storage.name: storage
     for storage in (
-        Storage("float32", 32, _float32, 0),
-        Storage("bfloat16", 16, _bfloat16, 1),
-        Storage("float16", 16, _float16, 1),
+        Storage("float32", 32, _float32, 0, by_columns=True),
+        Storage("bfloat16", 16, _bfloat16, 1, by_columns=True),
+        Storage("float16", 16, _float16, 1, by_columns=True),
         Storage("int8", 8, _int8, 1),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
         Storage("mxfp4", 4, _mxfp4, 2, scaled=True),

@@ -95,13 +95,23 @@ def test_results_are_those_of_torch(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation(kernels: Kernels, interleaved: bool) -> None:
+    n, heads = 3, 5
     for half in (1, 5, 8, 32, 33):
-        x = _rows(2 * half, half, special=False)
-        cos, sin = _rows(half, half + 1, special=False)[:2]
-        a, b = (x[:, ::2], x[:, 1::2]) if interleaved else (x[:, :half], x[:, half:])
-        expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)
-        found = kernels.rotate(_t(x), _t(cos.copy()), _t(sin.copy()), interleaved=interleaved)
+        random = np.random.default_rng(half)
+        x = random.standard_normal((n, heads, 2 * half)).astype(np.float32)
+        cos, sin = random.standard_normal((2, n, half)).astype(np.float32)
+        a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+        c, s = cos[:, None], sin[:, None]
+        expected = np.concatenate([a * c - b * s, b * c + a * s], axis=2)
+        found = kernels.rotate(_t(x), _t(cos), _t(sin), interleaved=interleaved)
         assert _same(found, expected)
+        # Heads first, as a cache has them, from rows with something else in between.
+        padded = torch.zeros(n, heads, 2 * half + 3)
+        padded[..., : 2 * half] = _t(x)
+        into = torch.empty(heads, n, 2 * half).transpose(0, 1)
+        given = padded[..., : 2 * half]
+        kernels.rotate(given, _t(cos), _t(sin), interleaved=interleaved, out=into)
+        assert _same(into.contiguous(), expected)
 
 
 @pytest.mark.parametrize("seen", [1, 15, 16, 17, 32, 33, 50, 96])
@@ -119,7 +129,8 @@ def test_attention(
     q, k, v, scale = _t(query), _t(keys), _t(values), dim**-0.5
     for sinks in (None, noise(heads)):
         expected = exact_sums.attend(query, keys, values, scale, sinks)
-        found = kernels.attend(q, k, v, scale, None if sinks is None else _t(sinks))
+        given = None if sinks is None else _t(sinks)
+        (found,) = kernels.attend(q[None], k, v, scale, sinks=given)
         assert _same(found, expected)
         scores = torch.einsum("hgd,hsd->hgs", q.view(kv, -1, dim), k).reshape(heads, seen) * scale
         if sinks is not None:
@@ -127,6 +138,22 @@ def test_attention(
         shares = torch.softmax(scores, -1)[:, :seen].view(kv, -1, seen)
         theirs = torch.einsum("hgs,hsd->hgd", shares, v).reshape(heads, value_dim)
         assert torch.allclose(found, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+def test_each_row_sees_what_was_before_it(kernels: Kernels, rows: int, window: int | None) -> None:
+    random = np.random.default_rng(rows)
+    seen, heads, kv, dim = 50, 6, 2, 10
+    query = random.standard_normal((rows, heads, dim)).astype(np.float32)
+    keys, values = random.standard_normal((2, kv, seen, dim)).astype(np.float32)
+    sinks = random.standard_normal(heads).astype(np.float32)
+    found = kernels.attend(_t(query), _t(keys), _t(values), 0.3, window=window, sinks=_t(sinks))
+    for row in range(rows):
+        last = seen - rows + row + 1
+        here = slice(max(0, last - (window or seen)), last)
+        expected = exact_sums.attend(query[row], keys[:, here], values[:, here], 0.3, sinks)
+        assert _same(found[row], expected), row
 
 
 def _no_rounding_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:

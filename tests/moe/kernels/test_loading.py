@@ -61,8 +61,8 @@ def test_every_target_is_compiled_for_what_it_says(
     assert ("zmm" in text) == (target.name == "avx512")
     called = set(re.findall(r"^\tcallq?\t\*?(\S+)", text, re.MULTILINE))
     ours = set(re.findall(r"^(\w+):", text, re.MULTILINE))
-    # Nothing from a library, such as fmaf: only our own, some by an address in a register.
-    assert {name for name in called if not name.startswith("%")} <= ours
+    # Nothing from a library, such as fmaf: only our own, some by an address that is computed.
+    assert {name for name in called if "%" not in name} <= ours
 
 
 def test_machine_code_is_kept(tmp_path: Path) -> None:
@@ -169,10 +169,10 @@ def test_threads_change_no_bit(
         x, w = torch.randn(3, 70), torch.randn(outs, 70)
         matrix = Matrix("float32", (outs, 70), w)
         assert torch.equal(shared.linear(x, matrix), alone.linear(x, matrix))
-    query, keys, values = torch.randn(12, 8), torch.randn(6, 40, 8), torch.randn(6, 40, 8)
-    assert torch.equal(
-        shared.attend(query, keys, values, 0.3), alone.attend(query, keys, values, 0.3)
-    )
+    for kv_heads in (1, 6):
+        query, (keys, values) = torch.randn(2, 12, 8), torch.randn(2, kv_heads, 40, 8)
+        found = shared.attend(query, keys, values, 0.3)
+        assert torch.equal(found, alone.attend(query, keys, values, 0.3))
     shared.close()
     assert torch.equal(shared.linear(x, matrix), alone.linear(x, matrix))
 

@@ -68,6 +68,30 @@ def test_every_shape_equals_the_reference(kernels: Kernels, depth: int) -> None:
             assert _same(found.numpy(), expected[:rows, :outs]), (rows, outs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("depth", [*DEPTHS, 128, 130])
+def test_by_columns_a_matrix_has_the_bits_that_it_has_by_rows(
+    kernels: Kernels, depth: int, dtype: torch.dtype
+) -> None:
+    random = np.random.default_rng(depth)
+    x = torch.from_numpy(_rows(random, 5, depth))
+    x[3, ::2] = 0.0
+    for outs in (1, 7, 8, 200, 401):
+        weight = torch.from_numpy(_rows(random, outs, depth) * np.float32(1e-3)).to(dtype)
+        weight[0, 0], weight[-1] = -0.0, -0.0
+        by_columns = weight.t().contiguous().t()
+        for biases in (None, torch.from_numpy(_rows(random, 1, outs)[0])):
+            matrix = Matrix.of(by_columns, biases=biases)
+            assert matrix.by_columns or outs == 1 or depth == 1
+            expected = kernels.linear(x, Matrix.of(weight, biases=biases))
+            found = kernels.linear(x, matrix)
+            assert _same(found.numpy(), expected.numpy()), outs
+            found.zero_()
+            for span in ((0, outs // 3), (outs // 3, outs)):
+                kernels.linear(x, matrix, found, span)
+            assert _same(found.numpy(), expected.numpy()), outs
+
+
 BROKEN: list[Broken] = ["order", "tree", "padding", "fused", "partial sums"]
 
 
@@ -132,7 +156,7 @@ def test_a_broken_kernel_is_noticed(
     machine = compiler.machine(target)
     code = compiler.Code(target, machine.emit_object(compiler.optimise(str(module), machine)))
     found = np.zeros((5, 9), np.float32)
-    code.function("call_linear_float32", LINEAR)(
+    code.function("call_linear_float32", LINEAR).call(
         matrix.place, x.ctypes.data, 4 * 75, 5, found.ctypes.data, 4 * 9, 0, 9
     )
     assert np.isfinite(found).all()

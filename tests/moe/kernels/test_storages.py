@@ -269,7 +269,9 @@ def test_a_tensor_is_read_in_place(kernels: Kernels) -> None:
         found = kernels.linear(x, Matrix.of(stored, biases=bias)).numpy()
         assert _differing(found, expected) == 0
     with pytest.raises(ValueError, match="cannot be read in place"):
-        Matrix.of(w.t())
+        Matrix.of(w[:, 1:])
+    with pytest.raises(ValueError, match="is not read by columns"):
+        Matrix.of(w.to(torch.int8).t())
 
 
 @pytest.mark.slow

@@ -1,0 +1,185 @@
+"""Matrices in the precision that their holder chose, made from what was published.
+
+A conversion is deterministic to the bit on every machine: each step is one operation of IEEE 754,
+rounded to nearest, ties to even. The definition is docs/precision.md.
+
+Only matrices are converted, and only to something narrower (`protocols.precision`). Norms, biases
+and sinks are small and stay. Routers stay because what they decide, which experts a token passes,
+is all or nothing; `kv_b` of latent attention stays because it is computed with from both sides,
+and a scale belongs to one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from blyan_node.moe.layout import FLOATS, SubjectLayout, TensorLayout
+from blyan_node.moe.stored import TILE_FLOATS, Mxfp4, Scaled, Weight
+from blyan_node.moe.strict_json import refuse
+from blyan_node.moe.weights import Weights, by_role, copied_bytes, load_part, matrices
+from protocols.dag.header import Kind
+from protocols.precision import Precision, effective
+from protocols.tensors.manifest import DTYPE_BYTES, Dtype, Manifest
+
+LEAST_SCALE = 2.0**-126  # float32's least normal number: also the scale of a row of zeros
+_INT8_MOST, _FP8_MOST = 127.0, 448.0
+_SCALE_BYTES = 4
+_TARGETS: Mapping[Precision, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """A subject's tensors as they are held: by role, matrices as [out, in].
+
+    `bytes` is what they take in memory, `copied` how much of it is not where it was published. A
+    part that was `converted` needs nothing of that any more.
+    """
+
+    tensors: dict[str, Weight]
+    bytes: int
+    copied: int
+    converted: bool
+
+    @property
+    def storage(self) -> str:
+        """How the matrices lie: `int8`, `mxfp4`, `bfloat16`."""
+        found = {_storage(one) for one in self.tensors.values() if len(one.shape) == 2}
+        return "+".join(sorted(found))
+
+
+def hold(
+    part: SubjectLayout, given: Weights, precision: Precision, aligned_bytes: int = 1
+) -> HeldPart:
+    """Loads a part in a precision; raises `Refused` (BAD_MODEL) by name.
+
+    What is not converted is used in place, unless something else of the part is.
+    """
+    loaded = load_part(part, given, aligned_bytes)
+    tensors = by_role(part, loaded)
+    narrow = [
+        tensor
+        for tensor in part.tensors
+        if tensor.name in given and converts(part, tensor, given[tensor.name][0], precision)
+    ]
+    if not narrow:
+        held = matrices(tensors)
+        return HeldPart(held, _bytes(held), copied_bytes(loaded, given), False)
+    names = {tensor.role: f"{part.subject}: {tensor.name}" for tensor in narrow}
+    held = {
+        role: convert(tensor, precision, names[role]) if role in names else tensor.clone()
+        for role, tensor in tensors.items()
+    }
+    return HeldPart(held, _bytes(held), _bytes(held), True)
+
+
+def converts(part: SubjectLayout, tensor: TensorLayout, dtype: Dtype, precision: Precision) -> bool:
+    """Whether a tensor that is stored as `dtype` is held in another type for `precision`."""
+    kept = part.kind is Kind.ROUTER or tensor.role == "kv_b" or tensor.idle
+    return not kept and narrows(tensor.shape, dtype, precision)
+
+
+def narrows(shape: tuple[int, ...], dtype: Dtype, precision: Precision) -> bool:
+    """Whether a matrix of this shape and type would become narrower."""
+    target = _TARGETS.get(effective(precision))
+    if target is None or len(shape) != 2 or dtype not in FLOATS:
+        return False
+    return target.itemsize < DTYPE_BYTES[dtype]
+
+
+def part_bytes(part: SubjectLayout, manifest: Manifest, precision: Precision) -> int:
+    """The bytes that holding a part takes."""
+    total = 0
+    for entry in manifest.tensors:
+        tensor = part.tensor(entry.name)
+        if converts(part, tensor, entry.dtype, precision):
+            channels = entry.shape[1 if tensor.transposed else 0]
+            total += _converted_bytes(entry.shape, precision, channels)
+        else:
+            total += entry.size
+    return total
+
+
+def expert_bytes(manifest: Manifest, precision: Precision) -> int:
+    """The most bytes that holding an expert takes, whatever its family calls its tensors."""
+    return sum(
+        _converted_bytes(entry.shape, precision, max(entry.shape))
+        if narrows(entry.shape, entry.dtype, precision)
+        else entry.size
+        for entry in manifest.tensors
+    )
+
+
+def _converted_bytes(shape: tuple[int, ...], precision: Precision, channels: int) -> int:
+    size = _TARGETS[effective(precision)].itemsize
+    return prod(shape) * size + (channels * _SCALE_BYTES if size == 1 else 0)
+
+
+def _bytes(tensors: Mapping[str, Weight]) -> int:
+    return sum(
+        piece.numel() * piece.element_size() for one in tensors.values() for piece in _pieces(one)
+    )
+
+
+def _pieces(weight: Weight) -> tuple[Tensor, ...]:
+    if isinstance(weight, Scaled):
+        return weight.codes, weight.scales
+    return (weight.blocks, weight.scales) if isinstance(weight, Mxfp4) else (weight,)
+
+
+def _storage(weight: Weight) -> str:
+    if isinstance(weight, Mxfp4):
+        return "mxfp4"
+    dtype = weight.codes.dtype if isinstance(weight, Scaled) else weight.dtype
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+
+
+def convert(weight: Tensor, precision: Precision, name: str) -> Tensor | Scaled:
+    """The matrix [out, in] in `precision`; `name` is its own, for errors.
+
+    Works in tiles, so that beside the result only a few MiB are taken. Raises `Refused` (BAD_MODEL)
+    for infinities, NaN, and what the precision's largest number does not reach.
+    """
+    target = _TARGETS[effective(precision)]
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=target)
+    scales = torch.empty(rows)
+    step = max(1, TILE_FLOATS // max(1, columns))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        tile = weight[first:last].to(torch.float32, copy=True)
+        if not tile.isfinite().all():
+            refuse(f"{name} has infinities or NaN: {precision} cannot hold it, as-published can")
+        if target.itemsize == 1:
+            scales[first:last] = _scale(tile, _INT8_MOST if target == torch.int8 else _FP8_MOST)
+        codes[first:last] = _bfloat16(tile) if target == torch.bfloat16 else tile.to(target)
+    if target.itemsize == 1:
+        return Scaled(codes, scales)
+    if not codes.isfinite().all():
+        refuse(f"{name} has a value that is too large for {precision}: hold it as-published")
+    return codes
+
+
+def _scale(tile: Tensor, most: float) -> Tensor:
+    """Divides each row by its scale, which is returned [rows], and rounds for int8."""
+    scales = tile.abs().amax(1).div_(most).clamp_(min=LEAST_SCALE)
+    tile.div_(scales[:, None])
+    if most == _INT8_MOST:
+        tile.round_()
+    tile.clamp_(-most, most)
+    return scales
+
+
+def _bfloat16(tile: Tensor) -> Tensor:
+    """Rounds with integers: some processors' own instruction takes denormals for zero."""
+    bits = tile.view(torch.int32)
+    odd = bits.bitwise_right_shift(16).bitwise_and_(1)
+    rounded = bits.add_(odd.add_(0x7FFF)).bitwise_right_shift_(16)
+    return rounded.to(torch.int16).view(torch.bfloat16)
