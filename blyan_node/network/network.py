@@ -69,7 +69,12 @@ class Network:
         self._swarm = swarm
         self._exchange = Exchange(self._host, self.counters, members.may_ask, members.penalise)
         self._gossip = Gossip(
-            self._host, config.network_id, self.counters, members.penalise, members.allows
+            self._host,
+            config.network_id,
+            self.counters,
+            members.penalise,
+            members.allows,
+            self._exchange.ledger,
         )
         self._providers = Providers(self._host)
         self._dialer = Dialer(swarm, self._book, members.connections, members.wants)
