@@ -3,6 +3,7 @@
 # make quick   the same without the tests that are marked slow
 # make lint    ruff, mypy and the import contracts alone
 # make bench   the project's measurements, each beside its peer or its limit (NAMES="publish ...")
+# make foreign installs js-libp2p (node 20 or newer, npm) and runs its tests against our daemons
 # make clean   removes what the others made
 #
 # Each makes its own .venv. PYTHON=... names the Python (3.11 or newer) to make it with.
@@ -14,7 +15,7 @@ WORKERS := -n 2 --dist loadfile
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint bench clean
+.PHONY: help demo test quick lint bench foreign clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -40,7 +41,14 @@ quick: lint
 bench: .venv/installed-dev
 	@$(BIN)/blyan-node bench $(NAMES)
 
+tests/foreign/node_modules: tests/foreign/package.json tests/foreign/package-lock.json
+	npm ci --prefix tests/foreign --no-audit --no-fund
+	@touch $@
+
+foreign: .venv/installed-dev tests/foreign/node_modules
+	$(BIN)/pytest -rP tests/foreign
+
 clean:
-	rm -rf .venv .demo .testnet build dist *.egg-info
+	rm -rf .venv tests/foreign/node_modules .demo .testnet build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
