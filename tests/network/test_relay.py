@@ -103,10 +103,13 @@ async def test_who_cannot_be_relayed_is_said() -> None:
 async def test_a_circuit_never_leads_through_another() -> None:
     """Dave is a peer of carol alone; bob, who has carol through alice, does not get to him."""
     async with behind_doors() as (_, bob, carol), trio.open_nursery() as nursery:
-        dave = build(4, announce=(CLOSED,), allowed_peers=frozenset([carol.peer_id]))
+        dave = build(4, announce=(CLOSED,), allowed_peers=frozenset([bob.peer_id, carol.peer_id]))
         await nursery.start(dave.run)
         port = next(iter(carol._swarm.listeners.values())).get_addrs()[0]
         await dave.connect(f"{port}/p2p/{carol.peer_id}")
         found = await bob._relay._dial_through(carol.peer_id, dave.peer_id)
         assert found is Verdict.REFUSED
+        found = await dave._relay._dial_through(carol.peer_id, bob.peer_id)
+        assert found is Verdict.NOT_A_PEER
+        assert dave.peer_id not in bob.peers
         nursery.cancel_scope.cancel()
