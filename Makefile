@@ -4,6 +4,7 @@
 # make fuzz    every property with new random cases, many more than the tests try
 # make lint    ruff, mypy and the import contracts alone
 # make bench   the project's measurements, each beside its peer or its limit (NAMES="publish ...")
+# make foreign installs js-libp2p (node 20 or newer, npm) and runs its tests against our daemons
 # make clean   removes what the others made
 #
 # Each makes its own .venv. PYTHON=... names the Python (3.11 or newer) to make it with.
@@ -15,7 +16,7 @@ WORKERS := -n 2 --dist loadfile
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick fuzz lint bench clean
+.PHONY: help demo test quick fuzz lint bench foreign clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -44,7 +45,14 @@ fuzz: .venv/installed-dev
 bench: .venv/installed-dev
 	@$(BIN)/blyan-node bench $(NAMES)
 
+tests/foreign/node_modules: tests/foreign/package.json tests/foreign/package-lock.json
+	npm ci --prefix tests/foreign --no-audit --no-fund
+	@touch $@
+
+foreign: .venv/installed-dev tests/foreign/node_modules
+	$(BIN)/pytest -rP tests/foreign
+
 clean:
-	rm -rf .venv .demo .testnet build dist *.egg-info
+	rm -rf .venv tests/foreign/node_modules .demo .testnet build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,7 +73,8 @@ def folders(context: click.Context, parameter: click.Parameter, incomplete: str)
     return [CompletionItem(incomplete, type="dir")]
 
 
-def _shared_options() -> list[click.Parameter]:
+def shared_parameters() -> list[click.Parameter]:
+    """New ones of the options that every command takes."""
     return [
         click.Option(
             ["--home"],
@@ -113,7 +114,7 @@ class Command(click.Command):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.params.extend(_shared_options())
+        self.params.extend(shared_parameters())
 
 
 class Group(click.Group):
@@ -123,7 +124,7 @@ class Group(click.Group):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.params.extend(_shared_options())
+        self.params.extend(shared_parameters())
 
 
 Group.group_class = Group

@@ -31,8 +31,9 @@ MEASUREMENTS = {
     "widening": "widening",
     "memory": "memory",
     "scale": "scale",
+    "recovery": "recovery",
 }
-WHEN_NAMED = {"scale"}  # takes minutes and gigabytes
+WHEN_NAMED = {"scale", "recovery"}  # take minutes, and gigabytes or namespaces
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -92,12 +92,12 @@ def judge_reach(
             "no peer was there to ask" if not looks else "no peer knew an address to try",
             "connect it to another node and run `doctor` again",
         )  # fmt: skip
-    if good := [addr for _, addr, why in tried if not why]:
-        return Finding("reachable", "ok", f"{looks[0].peer} connected back to {good[0]}")
+    if good := [(look, addr) for look, addr, why in tried if not why]:
+        return Finding("reachable", "ok", f"{good[0][0].peer} connected back to {good[0][1]}")
     failed = "; ".join(f"{addr} from {look.peer}: {why}" for look, addr, why in tried)
     return Finding(
         "reachable", "bad", "peers cannot connect to this node", failed,
-        _reach_next(looks[0].host, listen, announced),
+        _reach_next(tried[0][0].host, listen, announced),
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from protocols.ids import PeerId
 from protocols.rpc.doctor import Finding
 
 PEERS_ASKED_MAX = 5
-DIALLING_ASKED_MAX = 2
 _NAPS, _NAP_S = 20, 0.02
 
 
@@ -25,9 +24,8 @@ async def examine(app: App) -> list[Finding]:
         nursery.start_soon(app.network.try_bootstrap)
         lag_s = await _lag_s()
     async with trio.open_nursery() as nursery:
-        for number, peer in enumerate(sorted(app.network.peers)[:PEERS_ASKED_MAX]):
-            addrs = app.network.addrs if number < DIALLING_ASKED_MAX else []
-            nursery.start_soon(_look, app, peer, addrs, looks)
+        for peer in sorted(app.network.peers)[:PEERS_ASKED_MAX]:
+            nursery.start_soon(_look, app, peer, app.network.addrs, looks)
     seen = [_seen(app, look) for look in looks]
     announced = [addr.rpartition("/p2p/")[0] for addr in app.network.addrs]
     return [

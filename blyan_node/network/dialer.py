@@ -1,7 +1,7 @@
 """Dials whom the address book says is due, a few at a time, with the book's backoff."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 
 import trio
 from libp2p.peer.id import ID
@@ -34,11 +34,13 @@ class Dialer:
         book: AddressBook,
         connected: Callable[[], Collection[PeerId]],
         admits: Callable[[PeerId], bool],
+        detour: Callable[[PeerId], Awaitable[str | None]],
     ) -> None:
         self._swarm = swarm
         self._book = book
         self._connected = connected
         self._admits = admits
+        self._detour = detour
         self._dialling: dict[PeerId, PeerId | None] = {}  # and who told of the peer
         self._changed = trio.Event()
 
@@ -86,7 +88,7 @@ class Dialer:
             self.wake()
 
     async def dial(self, peer: PeerId) -> str | None:
-        """Tries each address of `peer` in turn; None, or why all failed.
+        """Tries each address of `peer` in turn, then its detour; None, or why all failed.
 
         `Swarm.dial_peer` would try a single TCP address, wait 250 ms over it, and then refuse the
         peer for 60 s. A connection is no success yet: the book hears of one when hello has passed.
@@ -104,6 +106,8 @@ class Dialer:
             else:
                 self._book.worked(peer, addr)
                 return None
+        if peer in self._connected() or await self._detour(peer) is None:
+            return None
         if self._book.failed(peer, trio.current_time(), why):
             log.warning("bootstrap node %s is not reached: %s", peer, why, extra={"peer": peer})
         return why

@@ -18,6 +18,7 @@ from blyan_node.network.fanout import Queue
 from blyan_node.network.interface import Counters, Topic, Validator
 from blyan_node.network.pace import Pace, Recent
 from blyan_node.network.pubsub import TOPICS_PER_PEER_MAX, GuardedPubsub, OneTopicRouter
+from blyan_node.network.traffic import Ledger
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import NetworkId, PeerId, cid_text
 from protocols.limits import gossip_message_bytes_max
@@ -36,6 +37,7 @@ class Gossip:
         counters: Counters,
         blame: Callable[[PeerId, Exception], None],
         allows: Callable[[PeerId], bool],
+        ledger: Ledger,
     ) -> None:
         self._counters = counters
         self._names: dict[Topic, str] = {
@@ -59,6 +61,7 @@ class Gossip:
         self._pubsub.blame = blame
         self._pubsub.controls = Pace()
         self._pubsub.allows = allows
+        self._pubsub.ledger = ledger
 
     def subscribe(
         self, topic: Topic, validate: Validator, capacity: int

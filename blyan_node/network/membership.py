@@ -149,6 +149,15 @@ class Membership:
         """Whether to dial `peer`."""
         return self.admits(peer) and self.allows(peer)
 
+    def knows(self, peer: PeerId) -> bool:
+        """Whether `peer` is connected and passed hello."""
+        return peer in self.table
+
+    def nearest(self) -> list[PeerId]:
+        """Our peers, those with the shortest round trip first."""
+        far = float("inf")
+        return sorted(self.table, key=lambda peer: (self.table[peer].rtt_ms or far, peer))
+
     def allow(self, peers: frozenset[PeerId] | None) -> None:
         """Lets in only these from now on, and disconnects the others."""
         self.allowed = peers

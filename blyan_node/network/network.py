@@ -36,6 +36,7 @@ from blyan_node.network.membership import NOT_ALLOWED, Around, Membership, close
 from blyan_node.network.providers import Providers
 from blyan_node.network.quiet import quiet_libp2p
 from blyan_node.network.reach import Reach
+from blyan_node.network.relay import Relay
 from blyan_node.network.traffic import Ledger
 from protocols.hello import HelloSummary
 from protocols.ids import PeerId
@@ -69,10 +70,16 @@ class Network:
         self._swarm = swarm
         self._exchange = Exchange(self._host, self.counters, members.may_ask, members.penalise)
         self._gossip = Gossip(
-            self._host, config.network_id, self.counters, members.penalise, members.allows
+            self._host,
+            config.network_id,
+            self.counters,
+            members.penalise,
+            members.allows,
+            self._exchange.ledger,
         )
         self._providers = Providers(self._host)
-        self._dialer = Dialer(swarm, self._book, members.connections, members.wants)
+        self._relay = relay = Relay(self._host, swarm, members)
+        self._dialer = Dialer(swarm, self._book, members.connections, members.wants, relay.dial)
         self._greeting = Greeting(self, config, hello_summary, members.table, self._book)
         self._greeting.greeted = members.greeted()
         members.around = Around(
@@ -240,6 +247,7 @@ class Network:
 
     def _start(self, nursery: trio.Nursery) -> None:
         self._exchange.serve(nursery)
+        self._relay.serve()
         self._members.serve(nursery)
         nursery.start_soon(self._dialer.run)
         nursery.start_soon(self._providers.run)

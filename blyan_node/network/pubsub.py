@@ -20,6 +20,7 @@ from libp2p.pubsub.utils import safe_bytes_from_hex
 
 from blyan_node.network.host import ENDINGS
 from blyan_node.network.pace import Pace
+from blyan_node.network.traffic import Ledger
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.limits import (
@@ -102,6 +103,7 @@ class GuardedPubsub(Pubsub):
     deliver: Deliver
     blame: Callable[[PeerId, Exception], None]
     controls: Pace
+    ledger: Ledger
     allows: Callable[[PeerId], bool]
 
     async def stream_handler(self, stream: INetStream) -> None:
@@ -123,6 +125,8 @@ class GuardedPubsub(Pubsub):
         buffer = bytearray()
         while data := await stream.read(_READ_BYTES):
             buffer += data
+            for traffic in self.ledger.meters(PeerId(str(peer)), PROTOCOL_ID_V11):
+                traffic.bytes_in += len(data)
             while (wire := _next_rpc(buffer)) is not None:
                 rpc = rpc_pb2.RPC()
                 rpc.ParseFromString(wire)
@@ -155,7 +159,11 @@ class GuardedPubsub(Pubsub):
     async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
         """Sends without our signed address record, which costs each receiver a verification."""
         rpc_msg.ClearField("senderRecord")
-        return bool(await super().write_msg(stream, rpc_msg))
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        sent = bool(await super().write_msg(stream, rpc_msg))
+        for traffic in self.ledger.meters(peer, PROTOCOL_ID_V11) if sent else ():
+            traffic.bytes_out += rpc_msg.ByteSize()
+        return sent
 
     def seen(self, msg: rpc_pb2.Message) -> bool:
         """Whether this very message was here before."""

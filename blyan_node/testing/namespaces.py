@@ -8,12 +8,13 @@ A machine is one process in namespaces of its own (network, host name, mounts); 
 bridge in another. All are inside one user namespace, so no root is needed where the system lets
 people make those. Nothing has to be cleaned up: a namespace goes with its last process, the kernel
 ends the processes when the test's main thread ends, however it does, and nothing is named in /run.
-`run` is for what a test does to a machine: `tc` for delay and loss, `nft` for a NAT, `ip link`.
+`run` is for what a test does to a machine, `worsen` for what it does to its cable.
 """
 
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -83,6 +84,7 @@ class Lan:
     hosts: Path
     machines: dict[str, Machine] = field(default_factory=dict)
     _addresses: dict[str, str] = field(default_factory=dict)
+    _cables: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(
         self,
@@ -122,6 +124,34 @@ class Lan:
     def plug(self, name: str) -> None:
         """Puts it back."""
         self.switch.run("ip", "link", "set", self._port(name), "up")
+
+    def worsen(
+        self, name: str, *, delay_ms: float = 0, loss: float = 0, dial_in: bool = True
+    ) -> None:
+        """Replaces the machine's cable by one that is slow, loses frames, or lets nobody dial in.
+
+        The delay and the loss (a share) hold each way; see `blyan_node.testing.wire`.
+        """
+        port = self._port(name)
+        near, far = f"{port}n", f"{port}f"
+        wire = (sys.executable, "-m", "blyan_node.testing.wire")
+        if (before := self._cables.pop(name, None)) is not None:
+            _end(before)
+        else:
+            self.switch.run("ip", "link", "add", near, "type", "veth", "peer", "name", far)
+            self.switch.run(*wire, "plain", far)
+            self.machines[name].run(*wire, "plain", "eth0")
+            for end in (near, far):
+                self.switch.run("ip", "link", "set", end, "up")
+            self.switch.run("ip", "link", "set", port, "nomaster")
+            self.switch.run("ip", "link", "set", far, "master", BRIDGE)
+        how = ["--delay-ms", str(delay_ms), "--loss", str(loss)]
+        how += [] if dial_in else ["--no-dial-in"]
+        line = self.switch.enter(*_DIES_WITH_US, *wire, "cable", port, near, *how)
+        cable = self._cables[name] = subprocess.Popen(line, stdout=subprocess.PIPE)
+        assert cable.stdout is not None
+        if cable.stdout.readline() != b"ready\n":
+            raise NamespaceFailed(f"the cable of {name} ended with {cable.wait()}")
 
     def _port(self, name: str) -> str:
         return f"port{self._addresses[name].rpartition('.')[2]}"
@@ -167,8 +197,15 @@ def lan(subnet: str) -> Iterator[Lan]:
 
 
 def _end_all(net: Lan) -> None:
+    for cable in net._cables.values():
+        _end(cable)
     for machine in (*net.machines.values(), net.switch):
         machine.kill()
+
+
+def _end(cable: subprocess.Popen[bytes]) -> None:
+    cable.kill()
+    cable.communicate()
 
 
 def _furnish(machine: Machine, mounts: Mapping[str, Mount]) -> None:

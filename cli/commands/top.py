@@ -144,6 +144,7 @@ def _watch(path: str, every: float) -> None:
         with Keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
 
             def draw() -> None:
+                feed.seen.silent_s = time.monotonic() - feed.seen.at if feed.waiting else 0.0
                 live.update(frame(feed.seen, console.width, console.height), refresh=True)
 
             draw()
@@ -160,6 +161,8 @@ def _watch(path: str, every: float) -> None:
                     draw()
                 if time.monotonic() >= due:
                     due = time.monotonic() + every
+                    if feed.waiting:  # it hangs, or has much to do: say so
+                        draw()
                     feed.poll()
 
 

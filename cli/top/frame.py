@@ -102,7 +102,8 @@ def _head(seen: Seen, width: int) -> RenderableType:
               ("memory", f"{size(int(used))} of {size(int(budget))}"),
               ("errors", f"{value('blyan_errors_total'):.0f}")),
     ]  # fmt: skip
-    title = Text("blyan-node top", style="bold")
+    silent = f": no answer for {seen.silent_s:.0f} s" if seen.silent_s else ""
+    title = Text(f"blyan-node top{silent}", style="bold")
     return Panel(Group(*lines), title=title, title_align="left", width=width)
 
 

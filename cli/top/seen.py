@@ -34,6 +34,7 @@ class Seen:
     at: float = 0.0
     span_s: float = 0.0
     polls: int = 0
+    silent_s: float = 0.0  # for which a poll has not been answered
 
     def polled(self, answers: Mapping[str, Any], now: float) -> None:
         """Takes in the answers of one poll."""

@@ -358,7 +358,7 @@ def test_every_method_has_a_command_or_is_for_programs() -> None:
 
     folder = Path(cli.__file__).parent
     source = "\n".join(path.read_text() for path in folder.rglob("*.py"))
-    for_programs = {"rpc.discover", "rpc.cancel", "network.show"}
+    for_programs = {"rpc.discover", "rpc.cancel", "network.show", "node.doctor"}
     for name in METHODS:
         assert f'"{name}"' in source or name in for_programs, name
 

@@ -56,6 +56,7 @@ WRONG = [
     ("expert", "drop", "--force"),
     ("expert", "stats", "extra"),
     ("top", "extra"),
+    ("doctor", "extra"),
     ("top", "--every", "never"),
     ("top", "--every", "0"),
     ("generate",),

@@ -1,5 +1,6 @@
 """`top` in a terminal, before a swarm of real daemons: what it shows, and what it leaves behind."""
 
+import os
 import re
 import signal
 import subprocess
@@ -79,6 +80,21 @@ def test_a_node_that_ends_ends_top_in_words(make_testnet: MakeTestnet) -> None:
         assert terminal.ends() == 2
         assert terminal.as_it_was
         assert "went away" in terminal.shown and "Traceback" not in terminal.shown
+
+
+def test_a_node_that_hangs_is_said_and_top_can_be_left(swarm: Testnet) -> None:
+    bob = swarm["bob"].pid
+    assert bob is not None
+    with Terminal("top", "--rpc", swarm["bob"].rpc, term="xterm", size=SIZE) as terminal:
+        terminal.until("peers 3")
+        os.kill(bob, signal.SIGSTOP)
+        try:
+            terminal.until("no answer for")
+        finally:
+            os.kill(bob, signal.SIGCONT)
+        terminal.until("blyan-node top ─")
+        terminal.press("q")
+        assert terminal.ends() == 0
 
 
 def test_colours_are_left_out_where_they_are_not_wanted(swarm: Testnet) -> None:

@@ -51,6 +51,9 @@ PROTOCOLS = [
     "/ipfs/id/1.0.0",
     "/ipfs/id/push/1.0.0",
     "/ipfs/ping/1.0.0",
+    "/blyan/reach/1",
+    "/blyan/relay/1",
+    "/blyan/relayed/1",
 ]
 
 

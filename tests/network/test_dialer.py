@@ -24,6 +24,11 @@ ADDR = "/ip4/192.0.2.7/tcp/4040"
 HOLES = [f"/ip4/198.51.100.1/tcp/{port}" for port in range(1, 9)]  # nobody answers there
 
 
+async def no_detour(_: PeerId) -> str | None:
+    """Nobody relays."""
+    return "no peer that could relay"
+
+
 def peer(number: int) -> PeerId:
     return Identity.from_seed(number.to_bytes(32, "big")).peer_id
 
@@ -51,7 +56,7 @@ class Swarm:
 
 def dialer(swarm: Swarm) -> tuple[AddressBook, Dialer]:
     book = AddressBook(peer(0), random.Random(1))
-    return book, Dialer(cast(Any, swarm), book, lambda: swarm.connected, lambda p: True)
+    return book, Dialer(cast(Any, swarm), book, lambda: swarm.connected, lambda p: True, no_detour)
 
 
 @virtual_time_test

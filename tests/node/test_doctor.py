@@ -66,9 +66,16 @@ def test_who_cannot_be_reached_is_told_what_to_do(
     assert found.verdict == "bad" and why in found.why and next in found.next
 
 
+def test_a_peer_through_a_relay_sees_no_address_and_says_nothing() -> None:
+    relayed = replace(LOOK, host="", tried=())
+    seen = replace(LOOK, tried=((ADDR, "no answer"),))
+    assert "in the firewall" in judge_reach([relayed, seen], LISTEN, [ADDR]).next
+
+
 def test_one_that_got_through_is_enough() -> None:
     other = replace(LOOK, tried=((ADDR, "no answer"),))
     assert judge_reach([other, LOOK], LISTEN, [ADDR]).verdict == "ok"
+    assert "connected back" in judge_reach([other, LOOK], LISTEN, [ADDR]).what
     assert judge_reach([], LISTEN, [ADDR]).verdict == "warn"
     assert judge_reach([replace(LOOK, tried=())], LISTEN, [ADDR]).verdict == "warn"
 

@@ -131,7 +131,8 @@ def test_a_wrong_configuration_is_exit_3_and_names_its_key(tmp_path: Path) -> No
     (tmp_path / "alice" / "config.toml").write_text('memory = "lots"\n')
     said = _run("start", "--home", tmp_path / "alice")
     assert said.returncode == 3
-    assert "config.toml: memory" in said.stderr
+    assert "config.toml line 1, column 10" in said.stderr
+    assert "why: memory: 'lots' is no size" in said.stderr
 
 
 def test_init_says_what_it_made_and_never_makes_it_again(tmp_path: Path) -> None:
