@@ -21,6 +21,7 @@ from protocols import limits
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, Subject, key_of, parse_subject
+from protocols.precision import PRECISIONS, PUBLISHED, Precision
 from protocols.rpc.address import socket_path
 
 FILE = "config.toml"
@@ -40,6 +41,7 @@ _ADDRESS = re.compile(rf"/{_HOST}/tcp/(\d{{1,5}})(?:/p2p/([1-9A-HJ-NP-Za-km-z]+)
 
 
 Hold = Literal["auto", "none"] | tuple[Subject, ...]
+Kernels = Literal["auto", "avx512", "avx2", "fma", "torch"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Config:
 
     `hold` names experts of whichever model has them; `memory_bytes` is what weights and caches may
     take, `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes
-    by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from.
+    by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from, `kernels`
+    what computes (`blyan_node.moe.arithmetic`), `precision` that in which matrices are held.
     """
 
     home: Path
@@ -65,6 +68,8 @@ class Config:
     replicas: int
     authors: Literal["all"] | tuple[PeerId, ...]
     hub_endpoint: str = HUB_ENDPOINT
+    kernels: Kernels = "auto"
+    precision: Precision = PUBLISHED
 
     @property
     def downloads(self) -> Path:
@@ -96,6 +101,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     replicas: int | None = None
     authors: str | list[str] | None = None
     hub_endpoint: str | None = None
+    kernels: Kernels | None = None
+    precision: Precision | None = None
 
 
 KEYS = tuple(field.name for field in msgspec.structs.fields(Settings))
@@ -169,6 +176,8 @@ def make_config(
         replicas=chosen("replicas", 2),
         authors=_authors(chosen("authors", [] if genesis == DEVELOPMENT else "all")),
         hub_endpoint=chosen("hub_endpoint", _default_endpoint()).rstrip("/"),
+        kernels=chosen("kernels", "auto"),
+        precision=chosen("precision", PUBLISHED),
     )
 
 
@@ -276,4 +285,6 @@ _CHECKS: Mapping[str, Any] = {
     "replicas": _check_range(1, limits.replicas_max),
     "authors": _authors,
     "hub_endpoint": _check_endpoint,
+    "kernels": lambda kernels: get_args(Kernels).index(kernels),
+    "precision": PRECISIONS.index,
 }

@@ -18,6 +18,7 @@ from cli.shared import (
     shared_of,
     summary,
 )
+from protocols.precision import PRECISIONS
 
 
 class TokenIds(click.ParamType[list[int]]):
@@ -66,6 +67,9 @@ def generate(context: click.Context, /, **params: Any) -> int | None:
 )
 @click.option("--out", metavar="FILE", required=True, help="The safetensors file to write.")
 @click.option("--root", metavar="R", help=describe("forward.run", "root"))
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help=describe("forward.run", "precision")
+)
 def forward(out: str, **params: Any) -> None:
     """One pass over a prompt, written to a file."""
     emit(ask("forward.run", {**params, "out": absolute(out)}), _written)

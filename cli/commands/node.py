@@ -10,8 +10,10 @@ from cli.client import Client, NoNode
 from cli.launch import launch
 from cli.shared import Command, absolute, ask, emit, shared_of, summary
 from protocols.errors import ErrorCode, Refused
+from protocols.precision import PRECISIONS
 
 STOP_S_MAX = 15
+KERNELS = click.Choice(("auto", "avx512", "avx2", "fma", "torch"))
 ROLES = click.Choice(("main", "gpu"))
 
 
@@ -34,6 +36,8 @@ def init(role: str | None, network: str | None) -> None:
 @click.option("--disk", metavar="SIZE", help="The most that the store may take, such as 50GiB.")
 @click.option("--threads", metavar="N", type=int, help="Threads that compute.")
 @click.option("--replicas", metavar="N", type=int, help="Live holders for every expert.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Hold matrices in this precision.")
+@click.option("--kernels", type=KERNELS, help="What computes; auto is the best that runs here.")
 @click.option("--hub-endpoint", metavar="URL", help="Where models called hf:ORG/NAME come from.")
 def start(network: str | None, **settings: Any) -> None:
     """Run the node in the foreground; make its home first if there is none."""

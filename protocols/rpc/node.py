@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from protocols.precision import Precision
 from protocols.rpc.fields import Count, Request, Result
 
 
@@ -25,7 +26,10 @@ class Syncing(Result, frozen=True):
 
 
 class StatusResult(Result, frozen=True):
-    """`network` is the network's id, `syncing` is None once the node is level with its peers."""
+    """`network` is the network's id, `syncing` is None once the node is level with its peers.
+
+    `precision` is that in which it holds matrices, as `profile` says as well.
+    """
 
     peer_id: str
     role: Literal["main", "gpu"]
@@ -39,6 +43,7 @@ class StatusResult(Result, frozen=True):
     stored_bytes: Count
     syncing: Syncing | None
     profile: str
+    precision: Precision
 
 
 class IdRequest(Request, frozen=True):

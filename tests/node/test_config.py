@@ -32,6 +32,8 @@ threads = 3
 replicas = 2
 authors = ["{PEER}"]
 hub_endpoint = "https://hub.example.org"
+kernels = "fma"
+precision = "int8"
 """
 
 
@@ -51,6 +53,7 @@ def test_every_key_is_taken_over() -> None:
     assert (made.memory_bytes, made.disk_bytes) == (8 * 2**30, 50 * 10**9)
     assert (made.threads, made.replicas, made.authors) == (3, 2, (PEER,))
     assert made.hub_endpoint == "https://hub.example.org"
+    assert (made.kernels, made.precision) == ("fma", "int8")
     assert made.rpc == Path("/home/alice/rpc.sock")
 
 
@@ -95,6 +98,8 @@ def test_an_option_wins_over_the_file() -> None:
         ('threads = "2"', "threads"),
         ("replicas = 100", "replicas"),
         ('authors = "some"', "authors"),
+        ('precision = "int4"', "precision"),
+        ("precision = 8", "precision"),
         ('authors = ["bob"]', "authors"),
         ("speed = 1", "speed"),
     ],
