@@ -26,6 +26,7 @@ MEASUREMENTS = {
     "decode-float32": "decoding:float32",
     "decode-16bit": "decoding:sixteen_bit",
     "decode-8bit": "decoding:eight_bit",
+    "decode-parts": "parts",
     "decode-swarm": "swarm",
     "prefill": "prefilling",
     "widening": "widening",
