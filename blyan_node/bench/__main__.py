@@ -29,6 +29,7 @@ MEASUREMENTS = {
     "decode-parts": "parts",
     "decode-swarm": "swarm",
     "prefill": "prefilling",
+    "quality": "quality",
     "widening": "widening",
     "memory": "memory",
     "scale": "scale",
