@@ -17,8 +17,11 @@ from blyan_node.identity import load_identity, load_psk
 from blyan_node.in_use import InUse
 from blyan_node.metrics.exposition import CONTENT_TYPE, exposition
 from blyan_node.metrics.port import TEXT, MetricsPort, Page
+from blyan_node.moe import arithmetic
+from blyan_node.moe.arithmetic import Arithmetic
+from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.numerics import use_threads
-from blyan_node.moe.profile import profile
+from blyan_node.moe.profile import Profiles
 from blyan_node.network.interface import NetworkConfig
 from blyan_node.network.network import Network
 from blyan_node.parts import App
@@ -49,6 +52,7 @@ from blyan_node.services.verify import Verify
 from protocols.dag.genesis import PRIVATE
 from protocols.errors import ErrorCode, Refused
 from protocols.hello import HelloSummary
+from protocols.precision import effective
 from protocols.signing import Identity
 from storage.store import Store, open_store
 
@@ -60,12 +64,25 @@ def clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def choose_arithmetic(config: Config) -> Arithmetic:
+    """What the node computes with; takes a second where its machine code is not kept yet."""
+    use_threads(config.threads)
+    found = arithmetic.choose(config.kernels, threads=config.threads, folder=user_folder())
+    log.info("computing with %s", found)
+    return found
+
+
 def build(
-    config: Config, identity: Identity, psk: bytes | None, store: Store, stop: Callable[[], None]
+    config: Config,
+    identity: Identity,
+    psk: bytes | None,
+    store: Store,
+    numbers: Arithmetic,
+    stop: Callable[[], None],
 ) -> App:
     """Every object of a node, none of them running."""
-    use_threads(config.threads)
-    numeric, node_version = profile(), version("blyan-node")
+    profiles, node_version = Profiles(numbers.name, config.precision), version("blyan-node")
+    numeric = profiles.own
     compute = trio.CapacityLimiter(1)
     files = trio.CapacityLimiter(2)
     authoring = trio.CapacityLimiter(1)
@@ -88,11 +105,13 @@ def build(
         lambda: HelloSummary(log_id=store.log_id, log_length=store.stats().accepted),
     )
     chain = Chain(store, config.genesis.id, clock_ms)
-    fetch = Fetch(network, store, lambda block: adverts.holders(block))
+    fetch = Fetch(network, store, lambda block: adverts.holders_of_any_profile(block))
     supply = Supply(store, fetch)
     models = Models(store, supply)
     texts = Texts()
-    holding = Holding(store, supply, models, config.memory_bytes)
+    holding = Holding(
+        store, supply, models, config.memory_bytes, numbers, effective(config.precision)
+    )
     serving = Serving(network, holding, numeric, compute)
     adverts = Adverts(
         network,
@@ -126,7 +145,7 @@ def build(
         serving=serving,
         adverts=adverts,
         layers=layers,
-        generation=Generation(chain, store, models, texts, trunks, layers, compute),
+        generation=Generation(chain, store, models, texts, trunks, layers, compute, profiles),
         placement=Placement(
             placement_config(config, identity, store),
             chain,
@@ -181,7 +200,8 @@ async def run_app(
         life.cancel()
 
     with open_store(config.data, quota_bytes=config.disk_bytes) as store:
-        app = build(config, identity, psk, store, stop)
+        numbers = await trio.to_thread.run_sync(choose_arithmetic, config)
+        app = build(config, identity, psk, store, numbers, stop)
         async with trio.open_nursery() as outlasting:
             await outlasting.start(_run_within, network_life, app.network)
             try:

@@ -17,6 +17,7 @@ from blyan_node.log_areas import LogLevels, parse_log_levels
 from blyan_node.metrics.address import MetricsAddress
 from blyan_node.settings import (
     Hold,
+    Kernels,
     Role,
     Settings,
     check_endpoint,
@@ -28,6 +29,7 @@ from blyan_node.sizes import free_memory_bytes, parse_size
 from protocols.dag.genesis import DEVELOPMENT, Genesis
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
+from protocols.precision import PUBLISHED, Precision
 from protocols.rpc.address import socket_path
 
 GENESIS_FILE = "network.json"
@@ -64,8 +66,9 @@ class Config:
     take, `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes
     by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from, `psk` the
     file of a private swarm's key, `allowed_peers` who may take part ("all", or peer ids).
-    `metrics` is where Prometheus may read (None: nowhere). `origins` has, by key, the value as it
-    was given and where it came from.
+    `metrics` is where Prometheus may read (None: nowhere), `kernels` what computes
+    (`blyan_node.moe.arithmetic`), `precision` that in which matrices are held. `origins` has, by
+    key, the value as it was given and where it came from.
     """
 
     home: Path
@@ -86,6 +89,8 @@ class Config:
     allowed_peers: Literal["all"] | tuple[PeerId, ...] = "all"
     metrics: MetricsAddress | None = None
     log_level: LogLevels = field(default_factory=LogLevels)
+    kernels: Kernels = "auto"
+    precision: Precision = PUBLISHED
     origins: Mapping[str, "Origin"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -141,6 +146,8 @@ def make_config(
         allowed_peers=parse_peers(chosen("allowed_peers", "all")),
         metrics=parse_metrics(chosen("metrics", "off")),
         log_level=parse_log_levels(chosen("log_level", "info")),
+        kernels=chosen("kernels", "auto"),
+        precision=chosen("precision", PUBLISHED),
         origins=origins,
     )
 

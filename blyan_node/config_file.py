@@ -200,6 +200,20 @@ _EXPLAINED = (
         '"https://huggingface.co"',
         "Where models called hf:ORG/NAME come from; HF_ENDPOINT if that is set.",
     ),
+    (
+        "precision",
+        '"as-published"',
+        "Precision in which matrices are held for computing: as-published, float32, bfloat16,",
+        "float16, fp8 or int8. Never wider than published; only nodes with the same one compute",
+        "for each other.",
+    ),
+    (
+        "kernels",
+        '"auto"',
+        "What computes: auto (the best that the processor runs); avx512, avx2 or fma, which have",
+        "the same bits, to compare them; or torch, to work with nodes whose processors run none of",
+        "them.",
+    ),
 )
 
 _EXAMPLES: Mapping[str, str] = {key: example for key, example, *_ in _EXPLAINED}

@@ -16,9 +16,11 @@ from blyan_node.sizes import parse_size
 from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, Subject, key_of, parse_subject
+from protocols.precision import PRECISIONS, Precision
 
 Role = Literal["main", "gpu"]
 Hold = Literal["auto", "none"] | tuple[Subject, ...]
+Kernels = Literal["auto", "avx512", "avx2", "fma", "torch"]
 
 ADDRESSES_MAX = 64
 _HOST = r"(?:ip4/\d{1,3}(?:\.\d{1,3}){3}|ip6/[0-9a-fA-F:.]{2,45}|dns(?:4|6|addr)?/[A-Za-z0-9._-]+)"
@@ -35,6 +37,11 @@ _KINDS = {
     "datetime": "a date and time",
     "date": "a date",
     "time": "a time of day",
+}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "role": get_args(Role),
+    "kernels": get_args(Kernels),
+    "precision": PRECISIONS,
 }
 _TYPES = re.compile(r"Expected `([a-z |]+)`, got `([a-z]+)`")
 
@@ -57,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     allowed_peers: str | list[str] | None = None
     metrics: str | None = None
     log_level: str | None = None
+    kernels: Kernels | None = None
+    precision: Precision | None = None
 
 
 KEYS = tuple(field.name for field in msgspec.structs.fields(Settings))
@@ -96,8 +105,8 @@ def _no_such(key: str) -> str:
 
 def _in_words(key: str, value: Any, why: str) -> str:
     """What the decoder found, in the words of whoever writes the file."""
-    if key == "role":
-        return f"{str(value)[:_SHOWN_MAX]!r} is not one of {', '.join(get_args(Role))}"
+    if key in _CHOICES:
+        return f"{str(value)[:_SHOWN_MAX]!r} is not one of {', '.join(_CHOICES[key])}"
     match = _TYPES.search(why)
     if match is None:
         return why.split(" - at ")[0]
@@ -191,7 +200,7 @@ def check_endpoint(endpoint: str) -> None:
 
 
 _CHECKS: Mapping[str, Any] = {
-    "role": lambda role: get_args(Role).index(role),
+    "role": _CHOICES["role"].index,
     "listen": _check_at_least_one,
     "announce": _check_addresses,
     "bootstrap": _check_bootstrap,
@@ -206,4 +215,6 @@ _CHECKS: Mapping[str, Any] = {
     "allowed_peers": parse_peers,
     "metrics": parse_metrics,
     "log_level": parse_log_levels,
+    "kernels": _CHOICES["kernels"].index,
+    "precision": _CHOICES["precision"].index,
 }

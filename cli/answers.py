@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from cli.shared import describe
+from protocols.precision import PRECISIONS
 from protocols.rpc.codec import Note
 
 RUN = "generate.run"
@@ -20,6 +21,7 @@ _OPTIONS = (
     ("--repetition-penalty", "R", float),
     ("--seed", "S", int),
     ("--root", "R", str),
+    ("--precision", None, click.Choice(PRECISIONS)),
 )
 # What would move the cursor or change the terminal: a model may say anything.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -56,6 +56,7 @@ def status(document: dict[str, Any]) -> None:
             ("network", document["network"]),
             ("version", document["version"]),
             ("profile", document["profile"]),
+            ("precision", document["precision"]),
             *(("address", addr) for addr in document["addrs"]),
             ("peers", document["peers"]),
             ("blocks", document["blocks"]),
@@ -167,7 +168,10 @@ def experts(document: dict[str, Any]) -> None:
 def _holders(holders: list[dict[str, Any]]) -> str:
     if not holders:
         return "nobody"
-    return ", ".join(f"{h['peer_id']} ({_far(h)}, {h['queue']} waiting)" for h in holders)
+    return ", ".join(
+        f"{h['peer_id']} ({_far(h)}, {h['queue']} waiting, {h['profile'] or 'profile unknown'})"
+        for h in holders
+    )
 
 
 def _far(holder: dict[str, Any]) -> str:
@@ -188,9 +192,9 @@ def expert_stats(document: dict[str, Any]) -> None:
         f"{document['busy']} turned away"
     )
     table(
-        ("subject", "block", "size", "calls", "rows", "busy"),
+        ("subject", "block", "as", "size", "calls", "rows", "busy"),
         (
-            (e["subject"], e["block"], size(e["bytes"]), e["calls"], e["rows"],
+            (e["subject"], e["block"], e["storage"], size(e["bytes"]), e["calls"], e["rows"],
              f"{e['busy_s']:.3f} s")
             for e in document["experts"]
         ),
@@ -216,7 +220,7 @@ def stats(document: dict[str, Any]) -> None:
     click.echo(
         f"[{s['prompt_tokens']} + {s['new_tokens']} tokens, {s['tokens_per_s']:.1f} tokens/s, "
         f"{len(document['trace'])} experts on {nodes}, {s['retries']} retries, {drawn}"
-        f"root {document['root'][:16]}]",
+        f"root {document['root'][:16]}, {document['profile']}]",
         err=True,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from blyan_node.logs import COUNTED
 from blyan_node.parts import App
-from blyan_node.services.holding import Reason
+from blyan_node.services.held import Reason
 from blyan_node.services.memory import resident
 from blyan_node.services.spread import Spread
 

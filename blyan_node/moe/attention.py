@@ -57,7 +57,7 @@ class Grouped:
             window=c.window,
             sinks=self._sinks,
         )
-        return out.view(n, -1)
+        return out.reshape(n, -1)
 
     def output(self, mixed: Tensor) -> Tensor:
         """What `mix` gives → [n, hidden]."""
@@ -69,11 +69,11 @@ class Grouped:
         rows = self._products[name](x)
         if norm is not None:
             width = rows.shape[1] if c.qk_norm == "whole" else c.head_dim
-            rows = self._arithmetic.rms_norm(rows.view(-1, width), norm, self._eps)
-        return rows.view(x.shape[0], -1)
+            rows = self._arithmetic.rms_norm(rows.reshape(-1, width), norm, self._eps)
+        return rows.reshape(x.shape[0], -1)
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """Rows as [n, heads, head_dim], clipped if the model does that."""
         c = self._config
-        heads = rows.view(rows.shape[0], -1, c.head_dim)
+        heads = rows.reshape(rows.shape[0], -1, c.head_dim)
         return heads if c.clip is None else heads.clamp(min=-c.clip, max=c.clip)

@@ -84,7 +84,7 @@ class Latent:
     def _absorbed(self, queries: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         """Queries [n, heads * head_dim] in the latent's space: [n, heads, kv_rank + rope_dim]."""
         c = self._config
-        heads = queries.view(-1, c.heads, c.head_dim)
+        heads = queries.reshape(-1, c.heads, c.head_dim)
         plain, turned = heads[..., : c.plain_dim], heads[..., c.plain_dim :]
         absorbed = [product(plain[:, head]) for head, product in enumerate(self._keys)]
         return torch.cat((torch.stack(absorbed, 1), self._rotated(turned, turns)), dim=2)

@@ -6,7 +6,7 @@ from functools import partial
 from blyan_node.parts import App
 from blyan_node.rpc.context import Context
 from blyan_node.rpc.node import held
-from blyan_node.services.holding import Reason
+from blyan_node.services.held import Reason
 from blyan_node.services.memory import resident
 from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
@@ -55,6 +55,7 @@ async def stats(
             expert.ExpertStats(
                 subject=str(expert_subject(h.what.layer, h.what.expert)),
                 block=cid_text(h.what.block),
+                storage=h.expert.storage,
                 bytes=h.bytes,
                 calls=h.calls,
                 rows=h.rows,
@@ -139,10 +140,16 @@ def _info(app: App, subject: Subject, block: BlockId) -> expert.ExpertInfo:
 
 def _holder(app: App, peer: PeerId) -> expert.Holder:
     if peer == app.identity.peer_id:
-        return expert.Holder(peer_id=peer, rtt_ms=0.0, queue=app.serving.queue_length)
+        queue = app.serving.queue_length
+        return expert.Holder(peer_id=peer, rtt_ms=0.0, queue=queue, profile=app.profile)
     known = app.network.peers.get(peer)
     rtt_ms = None if known is None else known.rtt_ms
-    return expert.Holder(peer_id=peer, rtt_ms=rtt_ms, queue=app.adverts.queue_of(peer))
+    return expert.Holder(
+        peer_id=peer,
+        rtt_ms=rtt_ms,
+        queue=app.adverts.queue_of(peer),
+        profile=app.adverts.profile_of(peer),
+    )
 
 
 def _held(app: App, blocks: dict[Subject, BlockId]) -> expert.HeldResult:

@@ -4,7 +4,7 @@ from blyan_node.network.traffic import Traffic
 from blyan_node.parts import App
 from blyan_node.release import COMMIT
 from blyan_node.rpc.context import Context
-from blyan_node.services.holding import Reason
+from blyan_node.services.held import Reason
 from protocols.ids import cid_text
 from protocols.rpc import node
 
@@ -26,6 +26,7 @@ async def status(app: App, request: node.StatusRequest, context: Context) -> nod
         stored_bytes=stats.chunk_bytes,
         syncing=app.sync.syncing(),
         profile=app.profile,
+        precision=app.config.precision,
     )
 
 

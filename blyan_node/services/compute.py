@@ -11,19 +11,25 @@ from blyan_node.moe.experts import Expert
 from protocols.errors import RemoteProtocolError
 from protocols.forward.messages import PROTOCOL, Activate, Activated
 from protocols.ids import BlockId
+from protocols.precision import Precision
 
 Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """What one layer is to compute: `rows` [n, hidden], `experts` [n, top_k], blocks by expert."""
+    """What one layer is to compute: `rows` [n, hidden], `experts` [n, top_k], blocks by expert.
+
+    All of it in one precision, which belongs to the numeric profile `profile`.
+    """
 
     model: BlockId
     layer: int
     rows: Rows
     experts: Sequence[Sequence[int]]
     blocks: Mapping[int, BlockId]
+    precision: Precision
+    profile: str
 
 
 def apply_expert(expert: Expert, rows: Rows) -> Rows:

@@ -102,13 +102,14 @@ class Adverts:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await self._network.publish("adverts", self._sign().encode())
 
-    def holders(self, block: BlockId) -> Sequence[PeerId]:
-        """Other nodes of our profile that hold `block` and are connected."""
-        return [
-            peer
-            for peer in self.directory.holders(block)
-            if peer in self._network.peers and self._profile_of(peer) == self.config.profile
-        ]
+    def holders(self, block: BlockId, profile: str | None = None) -> Sequence[PeerId]:
+        """Other nodes of a profile, ours if none is named, that hold `block` and are connected."""
+        profile = profile or self.config.profile
+        return [p for p in self.holders_of_any_profile(block) if self.profile_of(p) == profile]
+
+    def holders_of_any_profile(self, block: BlockId) -> Sequence[PeerId]:
+        """Other nodes that hold `block`, and so store it, and are connected."""
+        return [peer for peer in self.directory.holders(block) if peer in self._network.peers]
 
     def holders_with_self(self, block: BlockId) -> Sequence[PeerId]:
         """Every node that holds `block`, this one included."""
@@ -129,7 +130,8 @@ class Adverts:
             if peer != self._network.peer_id and self.directory.advert(peer) is None:
                 await self._ask(peer)
 
-    def _profile_of(self, peer: PeerId) -> str | None:
+    def profile_of(self, peer: PeerId) -> str | None:
+        """The numeric profile that `peer` computes with."""
         advert = self.directory.advert(peer)
         return advert.profile if advert else None
 

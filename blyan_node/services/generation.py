@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from blyan_node.moe.arrays import tensor_of, write_tensors
+from blyan_node.moe.profile import Profiles
 from blyan_node.services.account import Account
 from blyan_node.services.compute import Rows
 from blyan_node.services.layers import Layers
@@ -30,6 +31,7 @@ from protocols import limits
 from protocols.dag.header import Block
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Root, Subject, model_root, parse_root, root_text
+from protocols.precision import effective
 from protocols.rpc.generate import (
     ForwardRequest,
     ForwardResult,
@@ -60,7 +62,7 @@ class _Answer:
 
 
 class Generation:
-    """Runs requests. `compute` is the node's limiter for products."""
+    """Runs requests. `compute` is the node's limiter for products, `profiles` its own."""
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class Generation:
         trunks: Trunks,
         layers: Layers,
         compute: trio.CapacityLimiter,
+        profiles: Profiles,
     ) -> None:
         self._chain = chain
         self._store = store
@@ -79,6 +82,7 @@ class Generation:
         self._trunks = trunks
         self._layers = layers
         self._compute = compute
+        self._profiles = profiles
         self.work = Work()
 
     @property
@@ -101,7 +105,7 @@ class Generation:
         ends with what there is. Raises `Refused`.
         """
         async with (
-            self._open(request.model, request.root, progress) as answer,
+            self._open(request, progress) as answer,
             self._texts.use(answer.description) as text,
         ):
             asked = await question(request, answer.description, text)
@@ -119,6 +123,7 @@ class Generation:
                 reasoning=writer.reasoning,
                 finish=finish,
                 sampling=asked.used,
+                profile=answer.session.profile,
                 trace=answer.account.trace(),
                 stats=answer.account.stats(trio.current_time()),
             )
@@ -127,7 +132,7 @@ class Generation:
         self, request: ForwardRequest, *, progress: Progress = silent
     ) -> ForwardResult:
         """One pass over a prompt, written to a safetensors file. Raises `Refused`."""
-        async with self._open(request.model, request.root, progress) as answer:
+        async with self._open(request, progress) as answer:
             seen: dict[int, list[Choices]] = {}
             answer.session.watch = lambda layer, chosen: seen.setdefault(layer, []).append(chosen)
             answer.account.prompt_tokens = len(request.prompt_ids)
@@ -139,15 +144,19 @@ class Generation:
             return ForwardResult(
                 out=request.out,
                 root=root_text(answer.root),
+                profile=answer.session.profile,
                 trace=answer.account.trace(),
                 stats=answer.account.stats(trio.current_time()),
             )
 
     @asynccontextmanager
     async def _open(
-        self, name: str, root_name: str | None, progress: Progress
+        self, request: GenerateRequest | ForwardRequest, progress: Progress
     ) -> AsyncIterator[_Answer]:
-        """A session at the model's current root, or at the one that is named."""
+        """A session at the model's current root, or at the one that is named.
+
+        In the node's own precision, or in the one that is demanded.
+        """
         if self.running >= limits.generations_max:
             self.work.outcomes["refused"] += 1
             raise Refused(
@@ -157,12 +166,27 @@ class Generation:
                 "Try again later, or ask another main node.",
             )
         with self.work.answer() as account:
-            model, root, heads = self._at(name, root_name)
+            model, root, heads = self._at(request.model, request.root)
+            precision = self._profiles.precision
+            if request.precision is not None:
+                precision = effective(request.precision)
             account.fetched_bytes = await self._models.fetch(model, progress)
             description = await self._models.describe(model, progress)
-            async with self._trunks.use(description, heads, progress) as (trunk, fetched):
+            async with self._trunks.use(description, heads, precision, progress) as (
+                trunk,
+                fetched,
+            ):
                 account.fetched_bytes += fetched
-                session = Session(model, heads, trunk, self._layers, self._compute, account)
+                session = Session(
+                    model,
+                    heads,
+                    trunk,
+                    self._layers,
+                    self._compute,
+                    account,
+                    precision,
+                    self._profiles.of(precision),
+                )
                 yield _Answer(description, root, session, account)
 
     def _at(

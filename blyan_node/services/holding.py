@@ -6,26 +6,30 @@ they are not advertised and leave, the longest unused first, when memory is need
 (`blyan_node.services.memory`); those of placement leave only for what requests of this node need.
 What is in use never leaves: a dropped expert stays until its last user is done. With an expert goes
 its pack file.
+
+Kept experts are in the node's own precision. A request may ask for another one: what it loads for
+itself is beside them, so an expert is named by its block and its precision.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 
 import trio
 
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.experts import Expert
+from blyan_node.moe.precision import expert_bytes
 from blyan_node.services.changes import Changes
+from blyan_node.services.held import Held, Key, NoRoom, Reason, not_an_expert
 from blyan_node.services.memory import Memory, Sort
 from blyan_node.services.models import Models
 from blyan_node.services.supply import Progress, Supply, silent
 from protocols import limits
-from protocols.errors import ErrorCode, Refused
 from protocols.experts.advert import HeldExpert
-from protocols.ids import BlockId, cid_text, expert_subject, parse_subject
+from protocols.ids import BlockId, expert_subject, parse_subject
+from protocols.precision import PUBLISHED, Precision
 from storage.gc import pack
 from storage.pins import Pin
 from storage.store import Store
@@ -33,57 +37,26 @@ from storage.store import Store
 log = logging.getLogger(__name__)
 
 
-class Reason(Enum):
-    """Why an expert is loaded."""
-
-    ORDER = "order"  # the operator said so
-    PLACEMENT = "placement"  # the swarm's plan
-    PASSING = "passing"  # a request of this node needed it
-
-
 # What may be let go to load an expert.
 _WORTH = {Reason.ORDER: Sort.IDLE, Reason.PLACEMENT: Sort.PASSING, Reason.PASSING: Sort.PLACED}
 
 
-@dataclass
-class Held:
-    """One loaded expert and what it has done since."""
-
-    what: HeldExpert
-    expert: Expert
-    hidden: int  # values in a row
-    bytes: int
-    reason: Reason
-    users: int = 0
-    leaving: bool = False
-    calls: int = 0
-    rows: int = 0
-    busy_s: float = 0.0
-
-
-@dataclass
-class NoRoom(Exception):
-    """An expert of `size` bytes does not fit into the memory that is `free`."""
-
-    block: BlockId
-    size: int
-    free: int
-
-    def refused(self) -> Refused:
-        """The same, as an operator is told."""
-        return Refused(
-            ErrorCode.NOT_ALLOWED,
-            "the expert does not fit into this node's memory",
-            f"it takes {self.size} bytes, {self.free} are free",
-            "Start the node with a larger --memory, or drop other experts.",
-            {"block": cid_text(self.block)},
-        )
-
-
 class Holding:
-    """The loaded experts of this node, by block. `memory_bytes` bounds all that `memory` counts."""
+    """The loaded experts of this node. `memory_bytes` bounds all that `memory` counts.
 
-    def __init__(self, store: Store, supply: Supply, models: Models, memory_bytes: int) -> None:
+    `precision` is the node's own; where a method takes one, None stands for it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        supply: Supply,
+        models: Models,
+        memory_bytes: int,
+        arithmetic: Arithmetic,
+        precision: Precision = PUBLISHED,
+    ) -> None:
+        self.arithmetic, self.precision = arithmetic, precision
         self.changes = Changes()
         self.memory = Memory(memory_bytes)
         self.memory.lender(Sort.PASSING, lambda size: self._let_go(size, Reason.PASSING))
@@ -91,10 +64,10 @@ class Holding:
         self._store = store
         self._supply = supply
         self._models = models
-        self._held: dict[BlockId, Held] = {}  # the longest unused first
+        self._held: dict[Key, Held] = {}  # the longest unused first
         self._leaving: list[Held] = []
-        self._gone: dict[BlockId, Reason] = {}  # let go, and their packs and pins are still there
-        self._sizes: dict[BlockId, int] = {}
+        self._gone: dict[Key, Reason] = {}  # let go, and their packs and pins are still there
+        self._sizes: dict[Key, int] = {}
         self._loading = trio.Lock()
         self._released = Changes()  # somebody is done with an expert
         self._limiter = trio.CapacityLimiter(1)
@@ -115,28 +88,29 @@ class Holding:
 
     def keeps(self, block: BlockId) -> bool:
         """Whether `block` is loaded and kept for others."""
-        held = self._held.get(block)
+        held = self.get(block)
         return held is not None and held.reason is not Reason.PASSING
 
     def get(self, block: BlockId) -> Held | None:
-        """The loaded expert of `block`."""
-        return self._held.get(block)
+        """The expert of `block`, loaded in the node's own precision."""
+        return self._held.get((block, self.precision))
 
-    def size_of(self, block: BlockId) -> int:
-        """How many bytes holding `block` takes: those that are stored. 0 if it is not known."""
-        if block not in self._sizes:
+    def size_of(self, block: BlockId, precision: Precision | None = None) -> int:
+        """The most bytes that holding an expert's `block` takes. 0 if it is not known."""
+        key = (block, precision or self.precision)
+        if key not in self._sizes:
             known = self._store.block(block)
             body = known and known.header.body
             manifest = self._store.manifest(body) if body else None
             if manifest is None:
                 return 0
-            self._sizes[block] = manifest.size
-        return self._sizes[block]
+            self._sizes[key] = expert_bytes(manifest, key[1])
+        return self._sizes[key]
 
     async def keep(self, block: BlockId, reason: Reason, progress: Progress = silent) -> int:
         """Loads `block` and keeps it; the bytes that were fetched. Raises `Refused`, `NoRoom`."""
-        fetched = await self._load(block, reason, progress)
-        held = self._held[block]
+        fetched = await self._load((block, self.precision), reason, progress)
+        held = self._held[block, self.precision]
         if held.reason is not Reason.ORDER:
             held.reason = reason
         await trio.to_thread.run_sync(
@@ -147,26 +121,31 @@ class Holding:
 
     async def drop(self, block: BlockId) -> None:
         """Lets go of `block`; whoever computes with it finishes first. Raises `KeyError`."""
-        self._remove(self._held[block])
+        self._remove(self._held[block, self.precision])
         await self.clear()
 
-    async def load(self, block: BlockId, progress: Progress = silent) -> int:
+    async def load(
+        self, block: BlockId, progress: Progress = silent, *, precision: Precision | None = None
+    ) -> int:
         """Loads `block` for a request of this node; the bytes that were fetched.
 
         Raises `Refused` if no peer has it, `NoRoom` if it does not fit.
         """
-        return await self._load(block, Reason.PASSING, progress)
+        return await self._load((block, precision or self.precision), Reason.PASSING, progress)
 
     @contextmanager
-    def use(self, blocks: Sequence[BlockId]) -> Iterator[list[Held] | None]:
+    def use(
+        self, blocks: Sequence[BlockId], precision: Precision | None = None
+    ) -> Iterator[list[Held] | None]:
         """The loaded experts in the order of `blocks`, safe until the end; None if one is not."""
-        if any(block not in self._held for block in blocks):
+        keys = [(block, precision or self.precision) for block in blocks]
+        if any(key not in self._held for key in keys):
             yield None
             return
-        used = [self._held.pop(block) for block in blocks]
-        for held in used:
+        used = [self._held.pop(key) for key in keys]
+        for key, held in zip(keys, used, strict=True):
             held.users += 1
-            self._held[held.what.block] = held
+            self._held[key] = held
         try:
             yield used
         finally:
@@ -179,14 +158,16 @@ class Holding:
 
     async def clear(self) -> None:
         """Takes the pins and deletes the pack files of what has been let go."""
-        gone = {block: why for block, why in self._gone.items() if block not in self._held}
+        gone = {key: why for key, why in self._gone.items() if key not in self._held}
+        in_place = {block for (block, _), held in self._held.items() if not held.expert.converted}
         self._gone.clear()
 
         def clear() -> None:
-            for block, reason in gone.items():
+            for (block, _), reason in gone.items():
                 if reason is not Reason.PASSING:
                     self._store.unpin(block, reason=Pin.HELD)
-                self._store.packs.drop(block)
+                if block not in in_place:
+                    self._store.packs.drop(block)
 
         if gone:
             await trio.to_thread.run_sync(clear, limiter=self._limiter)
@@ -201,41 +182,47 @@ class Holding:
                 self._remove(held)
 
     def _remove(self, held: Held) -> None:
-        del self._held[held.what.block]
-        self._gone[held.what.block] = held.reason
+        key = (held.what.block, held.precision)
+        del self._held[key]
+        self._gone[key] = held.reason
         if held.users:
             held.leaving = True
             self._leaving.append(held)
         else:
             self.memory.experts -= held.bytes
 
-    async def _load(self, block: BlockId, reason: Reason, progress: Progress) -> int:
-        if block in self._held:
+    async def _load(self, key: Key, reason: Reason, progress: Progress) -> int:
+        if key in self._held:
             return 0
-        fetched = await self._supply.ensure([block], progress)
+        fetched = await self._supply.ensure([key[0]], progress)
         async with self._loading:
-            if block not in self._held:
-                await self._load_stored(block, reason)
+            if key not in self._held:
+                await self._load_stored(key, reason)
         return fetched
 
-    async def _load_stored(self, block: BlockId, reason: Reason) -> None:
+    async def _load_stored(self, key: Key, reason: Reason) -> None:
+        block, precision = key
         what = self._name(block)
         description = await self._models.describe(what.model)
         config = description.config
         if what.layer >= len(config.layers) or what.expert >= config.experts_of(what.layer):
-            raise _not_an_expert(block)
-        size = self.size_of(block)
+            raise not_an_expert(block)
+        size = self.size_of(block, precision)
         if not await self._room(size, reason):
             raise NoRoom(block, size, self.memory.free)
         self.memory.experts += size
         try:
-            expert = await self._read(block, what, config)
+            expert = await self._read(key, what, config)
         except BaseException:  # whatever it was, nothing is held
             self.memory.experts -= size
             raise
+        self.memory.experts -= size - expert.bytes
         self.memory.copied += expert.copied
-        self._held[block] = Held(what, expert, config.hidden, size, reason)
-        log.info("loaded layer %d expert %d (%s)", what.layer, what.expert, reason.value)
+        self._held[key] = Held(what, precision, expert, config.hidden, expert.bytes, reason)
+        log.info(
+            "loaded layer %d expert %d as %s (%s)",
+            what.layer, what.expert, expert.storage, reason.value,
+        )  # fmt: skip
 
     async def _room(self, size: int, reason: Reason) -> bool:
         """Makes room; waits a moment for what is computed with now, if that can be let go then."""
@@ -249,12 +236,18 @@ class Holding:
             return True
         return False
 
-    async def _read(self, block: BlockId, what: HeldExpert, config: ModelConfig) -> Expert:
+    async def _read(self, key: Key, what: HeldExpert, config: ModelConfig) -> Expert:
         await self.clear()
+        block, precision = key
+        used = any(held.what.block == block for held in self._held.values())
 
         def read() -> Expert:
             subject = expert_subject(what.layer, what.expert)
-            return Expert(config, subject, pack(self._store, block).tensors)
+            tensors = pack(self._store, block).tensors
+            expert = Expert(config, subject, tensors, self.arithmetic, precision=precision)
+            if expert.converted and not used:
+                self._store.packs.drop(block)
+            return expert
 
         return await trio.to_thread.run_sync(read, limiter=self._limiter)
 
@@ -265,14 +258,4 @@ class Holding:
             subject = parse_subject(known.header.subject)
             if subject.layer is not None and subject.expert is not None:
                 return HeldExpert(known.header.model, subject.layer, subject.expert, block)
-        raise _not_an_expert(block)
-
-
-def _not_an_expert(block: BlockId) -> Refused:
-    return Refused(
-        ErrorCode.NOT_FOUND,
-        "this block cannot be held",
-        "it is not an expert of a model that this node knows",
-        "`blyan-node expert list` shows the experts.",
-        {"block": cid_text(block)},
-    )
+        raise not_an_expert(block)

@@ -18,7 +18,8 @@ from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows, apply_expert, finite_rows
 from blyan_node.services.directory import Adverts
-from blyan_node.services.holding import Holding, NoRoom
+from blyan_node.services.held import NoRoom
+from blyan_node.services.holding import Holding
 from blyan_node.services.spread import Spread
 from protocols import limits
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
@@ -36,7 +37,7 @@ from protocols.forward.messages import (
     Reply,
     check_reply,
 )
-from protocols.ids import PeerId, cid_text, expert_subject
+from protocols.ids import BlockId, PeerId, cid_text, expert_subject
 from protocols.metrics import BEHIND, LAYER_LABELS_MAX
 from protocols.ready import Ready
 
@@ -108,16 +109,19 @@ class _Run:
         n, hidden = batch.rows.shape
         self._out = np.empty((n, len(batch.experts[0]), hidden), np.float32)
         self._left = n * len(batch.experts[0])
-        needs = group_rows(batch.experts, batch.blocks)
-        self._local = [need for need in needs if layers.holding.keeps(need.block)]
+        needs, own = group_rows(batch.experts, batch.blocks), layers.holding.precision
+        self._local = [n for n in needs if batch.precision == own and layers.holding.keeps(n.block)]
         self._dispatch = Dispatch(
             [need for need in needs if need not in self._local],
             hidden=hidden,
-            holders=layers.adverts.holders,
+            holders=self._holders,
             links=layers.links,
         )
         self._patience: dict[Need, float] = {}
         self._put, self._outcomes = trio.open_memory_channel[_Outcome](0)
+
+    def _holders(self, block: BlockId) -> Sequence[PeerId]:
+        return self._layers.adverts.holders(block, self._batch.profile)
 
     async def result(self) -> Rows:
         refused: Refused | None = None
@@ -205,7 +209,7 @@ class _Run:
             request=os.urandom(REQUEST_ID_BYTES),
             model=self._batch.model,
             layer=self._batch.layer,
-            profile=self._layers.adverts.config.profile,
+            profile=self._batch.profile,
             rows=len(rows),
             hidden=self._batch.rows.shape[1],
             within_ms=limits.activation_s_max * 1000,
@@ -243,7 +247,8 @@ class _Run:
 
     async def _compute_here(self, needs: Sequence[Need]) -> Sequence[Rows] | None:
         """The rows of each need, computed on this node; None if one is not loaded."""
-        with self._layers.holding.use([need.block for need in needs]) as held:
+        blocks = [need.block for need in needs]
+        with self._layers.holding.use(blocks, self._batch.precision) as held:
             if held is None:
                 return None
 
@@ -257,11 +262,11 @@ class _Run:
 
     async def _serve_here(self, unserved: Unserved) -> None:
         """Loads an expert that nobody is left to compute, or waits a moment for a new holder."""
-        need = unserved.need
+        need, precision = unserved.need, self._batch.precision
         try:
             rows = None
             while rows is None:
-                fetched = await self._layers.holding.load(need.block)
+                fetched = await self._layers.holding.load(need.block, precision=precision)
                 self._account.fetched_bytes += fetched
                 rows = await self._compute_here([need])
             outcome: _Outcome = _Here([need], rows)
@@ -279,11 +284,11 @@ class _Run:
         if now >= until:
             return False
         with trio.move_on_at(until):
-            if adverts.holders(need.block):
+            if self._holders(need.block):
                 await trio.sleep(limits.holder_retry_s)
                 return True
             await adverts.search(self._batch.model)
-            while not adverts.holders(need.block):
+            while not self._holders(need.block):
                 await adverts.changes.wait()
             return True
         return False
@@ -295,7 +300,8 @@ class _Run:
         return Refused(
             ErrorCode.BUSY if busy else ErrorCode.EXPERT_UNAVAILABLE,
             f"{subject} is not available (block {cid_text(need.block)})",
-            f"every holder is {'busy' if busy else 'gone'}, and here: {cause}",
+            f"every holder of the profile {self._batch.profile} is {'busy' if busy else 'gone'},"
+            f" and here: {cause}",
             "Try again later, or start a gpu node with room for it.",
             {"expert": subject, "block": cid_text(need.block)},
         )

@@ -15,7 +15,8 @@ from typing import Literal, Protocol
 import trio
 
 from blyan_node.services.directory import Adverts
-from blyan_node.services.holding import Holding, NoRoom, Reason
+from blyan_node.services.held import NoRoom, Reason
+from blyan_node.services.holding import Holding
 from blyan_node.services.supply import Progress, Supply, silent
 from protocols import limits
 from protocols.errors import ErrorCode, Refused

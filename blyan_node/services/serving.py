@@ -17,7 +17,8 @@ import trio
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.changes import Changes
 from blyan_node.services.compute import Rows, apply_expert
-from blyan_node.services.holding import Held, Holding
+from blyan_node.services.held import Held
+from blyan_node.services.holding import Holding
 from blyan_node.services.spread import Spread
 from protocols import limits
 from protocols.errors import RemoteProtocolError

@@ -16,7 +16,9 @@ from blyan_node.moe.trunk import Attended, Trunk
 from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows
 from blyan_node.services.layers import Layers
+from blyan_node.services.near import Near, near
 from protocols.ids import BlockId, Subject, parse_subject
+from protocols.precision import Precision
 
 T = TypeVar("T")
 Choices = npt.NDArray[np.int64]
@@ -34,7 +36,7 @@ class _Met:
 
 @dataclass
 class Session:
-    """A model at one root, and one sequence of tokens through it.
+    """A model at one root, and one sequence of tokens through it, all in one precision.
 
     `limiter` is the node's for products. Every value is that of the single-process reference, bit
     for bit: prompts are cut at the trunk's fixed positions, rows do not depend on what else is
@@ -47,6 +49,8 @@ class Session:
     layers: Layers
     limiter: trio.CapacityLimiter
     account: Account
+    precision: Precision
+    profile: str
     watch: Watch | None = None  # told of each layer's experts, piece by piece
     _cache: KVCache = field(init=False)
     _blocks: dict[int, dict[int, BlockId]] = field(init=False)
@@ -85,30 +89,63 @@ class Session:
 
     async def _pass(self, ids: Sequence[int], rows: slice | None) -> Rows | None:
         """One piece through every layer; the logits of `rows` of it."""
-        met = await self._compute(partial(self._enter, ids, rows))
+        if len(ids) > 1 or self.watch is not None:
+            return await self._walk(ids, rows, None)
+        holding, peer = self.layers.holding, self.layers.network.peer_id
+        with near(holding, self._blocks, self.precision) as here:
+            logits = await self._walk(ids, rows, here)
+            here.tell(self.account, holding, peer)
+        return logits
+
+    async def _walk(self, ids: Sequence[int], rows: slice | None, here: Near | None) -> Rows | None:
+        met = await self._compute(partial(self._enter, ids, rows, here))
         while isinstance(met, _Met):
             outputs = await self._experts(met)
-            met = await self._compute(partial(self._leave, met, outputs, rows))
+            met = await self._compute(partial(self._leave, met, outputs, rows, here))
         return met
 
-    def _enter(self, ids: Sequence[int], rows: slice | None) -> _Met | Rows | None:
-        return self._met(self.trunk.walk(0, self.trunk.embed(ids), self._cache), rows)
+    def _enter(
+        self, ids: Sequence[int], rows: slice | None, here: Near | None
+    ) -> _Met | Rows | None:
+        return self._met(self.trunk.walk(0, self.trunk.embed(ids), self._cache), rows, here)
 
-    def _leave(self, met: _Met, outputs: Rows, rows: slice | None) -> _Met | Rows | None:
-        x = self.trunk.combine(met.attended, tensor_of(outputs))
-        return self._met(self.trunk.walk(met.attended.layer + 1, x, self._cache), rows)
+    def _leave(
+        self, met: _Met, outputs: Rows, rows: slice | None, here: Near | None
+    ) -> _Met | Rows | None:
+        return self._met(self._next(met.attended, outputs), rows, here)
 
-    def _met(self, attended: Attended, rows: slice | None) -> _Met | Rows | None:
-        routed = attended.routed
-        if routed is not None:
-            return _Met(attended, array_of(routed.normed), array_of(routed.experts))
+    def _next(self, attended: Attended, outputs: Rows) -> Attended:
+        x = self.trunk.combine(attended, tensor_of(outputs))
+        return self.trunk.walk(attended.layer + 1, x, self._cache)
+
+    def _met(self, attended: Attended, rows: slice | None, here: Near | None) -> _Met | Rows | None:
+        """Goes on for as long as the experts are here; what they need to compute if they are not.
+
+        After the last layer, the logits of `rows`.
+        """
+        while attended.routed is not None:
+            routed = attended.routed
+            normed, experts = array_of(routed.normed), array_of(routed.experts)
+            row = experts[0].tolist()
+            outputs = None if here is None else here.compute(attended.layer, normed, row)
+            if outputs is None:
+                return _Met(attended, normed, experts)
+            attended = self._next(attended, outputs)
         return None if rows is None else array_of(self.trunk.logits(attended.residual[rows]))
 
     async def _experts(self, met: _Met) -> Rows:
         layer = met.attended.layer
         if self.watch is not None:
             self.watch(layer, met.experts)
-        batch = LayerRows(self.model, layer, met.rows, met.experts.tolist(), self._blocks[layer])
+        batch = LayerRows(
+            self.model,
+            layer,
+            met.rows,
+            met.experts.tolist(),
+            self._blocks[layer],
+            self.precision,
+            self.profile,
+        )
         return await self.layers.compute(batch, self.account)
 
     async def _compute(self, work: Callable[[], T]) -> T:

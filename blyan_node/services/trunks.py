@@ -1,8 +1,9 @@
 """Trunks that are loaded: everything of a model but its experts, shared by its sessions.
 
 A trunk is named by the blocks that it is made of, so that two roots that differ in an expert only
-share one. It stays while a session uses it, and a few stay afterwards, for as long as nothing else
-needs the memory. With a trunk go its pack files.
+share one, and by the precision in which it is held. It stays while a session uses it, and a few
+stay afterwards, for as long as nothing else needs the memory. With a trunk go its pack files; those
+of converted parts go as soon as it is loaded.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -11,19 +12,31 @@ from dataclasses import dataclass, field
 
 import trio
 
+from blyan_node.moe.families import layout
+from blyan_node.moe.precision import part_bytes
 from blyan_node.moe.trunk import Trunk
 from blyan_node.services.holding import Holding
 from blyan_node.services.memory import Sort
 from blyan_node.services.models import Description
 from blyan_node.services.supply import Progress, Supply
+from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import BlockId, Subject, cid_text, parse_subject
+from protocols.precision import Precision
 from storage.gc import pack
 from storage.store import Store
 
 idle_trunks_max = 2
 
 Parts = Mapping[Subject, BlockId]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What names a trunk."""
+
+    parts: frozenset[tuple[Subject, BlockId]]
+    precision: Precision
 
 
 @dataclass
@@ -41,7 +54,7 @@ class Trunks:
     store: Store
     supply: Supply
     holding: Holding
-    _loaded: dict[frozenset[tuple[Subject, BlockId]], Loaded] = field(default_factory=dict)
+    _loaded: dict[Key, Loaded] = field(default_factory=dict)
     _loading: trio.Lock = field(default_factory=trio.Lock)
     _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
     _gone: set[BlockId] = field(default_factory=set)  # let go, and their packs are still there
@@ -51,17 +64,17 @@ class Trunks:
 
     @asynccontextmanager
     async def use(
-        self, description: Description, heads: Parts, progress: Progress
+        self, description: Description, heads: Parts, precision: Precision, progress: Progress
     ) -> AsyncIterator[tuple[Trunk, int]]:
         """The trunk at `heads`, and how many bytes were fetched for it. Raises `Refused`."""
         parts = {name: block for name, block in heads.items() if parse_subject(name).expert is None}
-        key = frozenset(parts.items())
+        key = Key(frozenset(parts.items()), precision)
         async with self._loading:
             fetched = 0
             loaded = self._loaded.pop(key, None)
             if loaded is None:
                 fetched = await self.supply.ensure(parts.values(), progress)
-                loaded = Loaded(await self._load(description, parts))
+                loaded = Loaded(await self._load(description, parts, precision))
             self._loaded[key] = loaded
             loaded.users += 1
         try:
@@ -72,16 +85,23 @@ class Trunks:
             with trio.CancelScope(shield=True):  # a few files are deleted
                 await self._clear()
 
-    async def _load(self, description: Description, parts: Parts) -> Trunk:
+    async def _load(self, description: Description, parts: Parts, precision: Precision) -> Trunk:
         memory, blocks = self.holding.memory, frozenset(parts.values())
-        size = sum(self.holding.size_of(block) for block in parts.values())
+        size = sum(
+            part_bytes(part, self.store.body(parts[part.subject])[1], precision)
+            for part in layout(description.config)
+            if part.kind is not Kind.EXPERT
+        )
         if not memory.make_room(size, Sort.PLACED):
             raise self._no_room(description, size)
         memory.trunks += size
 
         def read() -> Trunk:
             return Trunk(
-                description.config, lambda name: pack(self.store, parts[name], blocks).tensors
+                description.config,
+                lambda name: pack(self.store, parts[name], blocks).tensors,
+                self.holding.arithmetic,
+                precision=precision,
             )
 
         try:
@@ -91,7 +111,10 @@ class Trunks:
         except BaseException:  # whatever it was, nothing is loaded
             memory.trunks -= size
             raise
+        memory.trunks -= size - trunk.bytes
         memory.copied += trunk.copied
+        self._gone.update(parts[subject] for subject in trunk.converted)
+        await self._clear()
         return trunk
 
     def _no_room(self, description: Description, size: int) -> Refused:
@@ -116,11 +139,16 @@ class Trunks:
             if size and memory.free >= size:
                 break
             memory.trunks -= self._loaded.pop(key).trunk.bytes
-            self._gone.update(block for _, block in key)
+            self._gone.update(block for _, block in key.parts)
 
     async def _clear(self) -> None:
         """Deletes the pack files of trunks that were let go."""
-        used = {block for key in self._loaded for _, block in key}
+        used = {
+            block
+            for key, loaded in self._loaded.items()
+            for subject, block in key.parts
+            if subject not in loaded.trunk.converted
+        }
         gone = self._gone - used
         self._gone.clear()
 

@@ -16,20 +16,25 @@ from blyan_node.moe.weights import ReadWeights
 from blyan_node.testing.arithmetic import best
 from protocols.dag.header import Kind
 from protocols.ids import expert_subject
+from protocols.precision import PUBLISHED, Precision
 
 
 class Engine:
     """Trunk and experts of one model; experts see rows in groups that a `Random` composes."""
 
     def __init__(
-        self, config: ModelConfig, tensors: ReadWeights, arithmetic: Arithmetic | None = None
+        self,
+        config: ModelConfig,
+        tensors: ReadWeights,
+        arithmetic: Arithmetic | None = None,
+        precision: Precision = PUBLISHED,
     ) -> None:
         """With the best arithmetic that this machine has unless one is given."""
         self.config = config
         arithmetic = arithmetic or best()
-        self.trunk = Trunk(config, tensors, arithmetic)
+        self.trunk = Trunk(config, tensors, arithmetic, precision)
         self.experts = {
-            part.subject: Expert(config, part.subject, tensors(part.subject), arithmetic)
+            part.subject: Expert(config, part.subject, tensors(part.subject), arithmetic, precision)
             for part in layout(config)
             if part.kind is Kind.EXPERT
         }

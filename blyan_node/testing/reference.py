@@ -10,12 +10,15 @@ from blyan_node.moe.reference import Reference
 from blyan_node.moe.weights import load_part
 from blyan_node.testing.arithmetic import best
 from protocols.ids import Subject
+from protocols.precision import PUBLISHED, Precision
 
 
-def open_reference(path: Path, arithmetic: Arithmetic | None = None) -> Reference:
+def open_reference(
+    path: Path, arithmetic: Arithmetic | None = None, precision: Precision = PUBLISHED
+) -> Reference:
     """The plain model of `path`, with the best arithmetic that there is unless one is given."""
     checkpoint = Checkpoint.open(path)
-    return Reference(checkpoint.config, checkpoint.load, arithmetic or best())
+    return Reference(checkpoint.config, checkpoint.load, arithmetic or best(), precision)
 
 
 def local_tensors(path: Path, subject: Subject) -> dict[str, Tensor]:

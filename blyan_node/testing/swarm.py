@@ -10,11 +10,13 @@ from pathlib import Path
 
 import trio
 
+from blyan_node.moe.profile import Profiles, profile
 from blyan_node.services.authoring import Author
 from blyan_node.services.chain import Chain
 from blyan_node.services.directory import AdvertConfig, Adverts
 from blyan_node.services.generation import Generation
-from blyan_node.services.holding import Holding, Reason
+from blyan_node.services.held import Reason
+from blyan_node.services.holding import Holding
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Models
 from blyan_node.services.publish import Publish, Published
@@ -23,15 +25,17 @@ from blyan_node.services.supply import Progress, Supply
 from blyan_node.services.texts import Texts
 from blyan_node.services.trunks import Trunks
 from blyan_node.services.update import Update, Updated
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.blocks import NOW_MS, identity
 from blyan_node.testing.network import NETWORK, Fabric
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
 from protocols.experts.advert import Role
 from protocols.ids import BlockId, ChunkHash, PeerId, Subject, cid_text
+from protocols.precision import PUBLISHED, Precision
 from storage.store import Store, open_store
 
-PROFILE = "test"
+PROFILE = profile(best().name)
 
 
 class CopyFetch:
@@ -67,25 +71,33 @@ class SwarmNode:
     """One node: its store, and its services in the order in which they depend on each other."""
 
     def __init__(
-        self, swarm: "Swarm", name: str, role: Role, memory: int, *, auto: bool = False
+        self,
+        swarm: "Swarm",
+        name: str,
+        role: Role,
+        memory: int,
+        *,
+        auto: bool = False,
+        precision: Precision = PUBLISHED,
     ) -> None:
+        profiles = Profiles(best().name, precision)
         self.name = name
         self.swarm = swarm
         self.identity = identity(name)
         self.store = open_store(swarm.directory / name)
-        self.network = swarm.fabric.node(self.identity, role=role, profile=PROFILE)
+        self.network = swarm.fabric.node(self.identity, role=role, profile=profiles.own)
         self._scope = trio.CancelScope()
         self.chain = Chain(self.store, NETWORK, lambda: NOW_MS)
         self.fetch = CopyFetch(swarm, self.store)
         self.supply = Supply(self.store, self.fetch)
         self.models = Models(self.store, self.supply)
-        self.holding = Holding(self.store, self.supply, self.models, memory)
+        self.holding = Holding(self.store, self.supply, self.models, memory, best(), precision)
         self.compute = trio.CapacityLimiter(1)
-        self.serving = Serving(self.network, self.holding, PROFILE, self.compute)
+        self.serving = Serving(self.network, self.holding, profiles.own, self.compute)
         self.adverts = Adverts(
             self.network,
             self.identity,
-            AdvertConfig(NETWORK, role, PROFILE, auto),
+            AdvertConfig(NETWORK, role, profiles.own, auto),
             self.holding,
             lambda: self.serving.queue_length,
             lambda: NOW_MS + int(trio.current_time() * 1000) % 10**9,
@@ -101,6 +113,7 @@ class SwarmNode:
             self.trunks,
             self.layers,
             self.compute,
+            profiles,
         )
 
     @property
@@ -161,10 +174,16 @@ class Swarm:
         self.running: dict[PeerId, SwarmNode] = {}
 
     def node(
-        self, name: str, role: Role = "gpu", memory: int = 1 << 30, *, auto: bool = False
+        self,
+        name: str,
+        role: Role = "gpu",
+        memory: int = 1 << 30,
+        *,
+        auto: bool = False,
+        precision: Precision = PUBLISHED,
     ) -> SwarmNode:
         """Makes a node; `started` runs it."""
-        self.nodes[name] = SwarmNode(self, name, role, memory, auto=auto)
+        self.nodes[name] = SwarmNode(self, name, role, memory, auto=auto, precision=precision)
         return self.nodes[name]
 
     async def share(self, source: SwarmNode) -> None:

@@ -19,6 +19,7 @@ from cli.shared import (
     summary,
 )
 from cli.values import model_option
+from protocols.precision import PRECISIONS
 
 
 class TokenIds(click.ParamType[list[int]]):
@@ -73,6 +74,9 @@ def generate(context: click.Context, /, **params: Any) -> int | None:
     shell_complete=files,
 )
 @click.option("--root", metavar="R", help=describe("forward.run", "root"))
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help=describe("forward.run", "precision")
+)
 def forward(out: str, **params: Any) -> None:
     """One pass over a prompt, written to a file."""
     emit(ask("forward.run", {**params, "out": absolute(out)}), _written)

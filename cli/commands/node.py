@@ -10,8 +10,10 @@ from cli.client import Client, NoNode
 from cli.launch import launch
 from cli.shared import Command, absolute, ask, emit, shared_of, summary
 from protocols.errors import ErrorCode, Refused
+from protocols.precision import PRECISIONS
 
 STOP_S_MAX = 15
+KERNELS = click.Choice(("auto", "avx512", "avx2", "fma", "torch"))
 ROLES = click.Choice(("main", "gpu"))
 
 
@@ -40,6 +42,8 @@ def init(role: str | None, network: str | None, psk: str | None) -> None:
 @click.option("--allowed-peers", metavar="ID,…", help="Who may take part; all if not set.")
 @click.option("--metrics", metavar="IP:PORT", help="Show metrics to Prometheus, on 127.0.0.1:9464.")
 @click.option("--log-level", metavar="LEVELS", help="Such as warning, or info,network=debug.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Hold matrices in this precision.")
+@click.option("--kernels", type=KERNELS, help="What computes; auto is the best that runs here.")
 @click.option("--hub-endpoint", metavar="URL", help="Where models called hf:ORG/NAME come from.")
 def start(network: str | None, psk: str | None, allowed_peers: str | None, **settings: Any) -> None:
     """Run the node in the foreground; make its home first if there is none."""

@@ -19,11 +19,13 @@ class Holder(Result, frozen=True):
     """A node that holds an expert; `queue` is the requests that wait there.
 
     `rtt_ms` is 0 for the node that was asked and null for a peer that was not measured yet.
+    `profile` is the numeric profile, precision included, that it computes with.
     """
 
     peer_id: str
     rtt_ms: float | None
     queue: Count
+    profile: str | None
 
 
 class ExpertInfo(Result, frozen=True):
@@ -75,10 +77,14 @@ class ExpertStatsRequest(Request, frozen=True):
 
 
 class ExpertStats(Result, frozen=True):
-    """What one held expert has done since the node started; `busy_s` is time in its products."""
+    """What one held expert has done since the node started; `busy_s` is time in its products.
+
+    `storage` is how its matrices lie in memory: bfloat16, int8, mxfp4 and so on.
+    """
 
     subject: str
     block: str
+    storage: str
     bytes: Count
     calls: Count
     rows: Count

@@ -5,10 +5,15 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from protocols import limits
+from protocols.precision import Precision
 from protocols.rpc.fields import Count, ModelName, PathText, Request, Result, RootText, TokenIds
 
 Prompt = Annotated[str, Meta(max_length=limits.prompt_bytes_max, description="The prompt as text")]
 PromptIds = Annotated[TokenIds, Meta(min_length=1, description="The prompt as token ids")]
+Demanded = Annotated[
+    Precision,
+    Meta(description="Compute in this precision throughout; the node's own if left out"),
+]
 StopString = Annotated[str, Meta(min_length=1, max_length=limits.stop_string_chars_max)]
 
 
@@ -90,6 +95,7 @@ class GenerateRequest(Request, frozen=True):
         ),
     ] = ()
     root: RootText | None = None
+    precision: Demanded | None = None
     chat: Annotated[bool, Meta(description="Put the prompt into the model's chat template")] = False
     ignore_eos: Annotated[bool, Meta(description="Go on after the model's stop tokens")] = False
 
@@ -155,6 +161,7 @@ class GenerateResult(Result, frozen=True):
 
     `text` ends before the stop string that ended it, `token_ids` are all that were made.
     `reasoning` is what a gpt_oss model said in other channels than the final one, null for others.
+    `profile` is the numeric profile of every row of the trace, and of the rest.
     """
 
     token_ids: list[int]
@@ -164,6 +171,7 @@ class GenerateResult(Result, frozen=True):
     sampling: SamplingUsed
     trace: Trace
     stats: GenerateStats
+    profile: str
     reasoning: str | None = None
 
 
@@ -174,12 +182,17 @@ class ForwardRequest(Request, frozen=True):
     prompt_ids: PromptIds
     out: PathText
     root: RootText | None = None
+    precision: Demanded | None = None
 
 
 class ForwardResult(Result, frozen=True):
-    """`out` has `logits` float32 [tokens, vocab] and `layerL.experts` int64 [tokens, top_k]."""
+    """`out` has `logits` float32 [tokens, vocab] and `layerL.experts` int64 [tokens, top_k].
+
+    `profile` is the numeric profile of all of it.
+    """
 
     out: str
     root: str
     trace: Trace
     stats: GenerateStats
+    profile: str

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from protocols.precision import Precision
 from protocols.rpc.fields import Count, Request, Result
 
 
@@ -28,7 +29,8 @@ class StatusResult(Result, frozen=True):
     """What a node is, does and waits for.
 
     `network` is the network's id; `commit` is None where nothing tells it; `syncing` is None once
-    the node is level with its peers.
+    the node is level with its peers; `precision` is that in which it holds matrices, as `profile`
+    says as well.
     """
 
     peer_id: str
@@ -44,6 +46,7 @@ class StatusResult(Result, frozen=True):
     stored_bytes: Count
     syncing: Syncing | None
     profile: str
+    precision: Precision
 
 
 class IdRequest(Request, frozen=True):

@@ -46,7 +46,8 @@ STATUS = StatusResult(
     held=Held(experts=2, bytes=2048),
     stored_bytes=3 * 2**20,
     syncing=Syncing(have=10, want=20, eta_s=2.5),
-    profile="cpu",
+    profile="cpu-sums1-int8",
+    precision="int8",
 )
 STATS = GenerateStats(
     prompt_tokens=3,
@@ -77,6 +78,7 @@ def _answer(finish: str = "length") -> GenerateResult:
         sampling=SAMPLING,
         trace={"layer0.expert1": TraceEntry(block="bafkrei", peers={"12D3bob": 2})},
         stats=STATS,
+        profile="cpu-sums1-int8",
     )
 
 

@@ -44,6 +44,7 @@ def said(text: str, finish: str = "stop", reasoning: str | None = None) -> Gener
             max_gap_s=0.1, remote_calls=4, bytes_sent=1, bytes_received=2, retries=0,
             fetched_bytes=0,
         ),
+        profile="cpu-sums1-published",
         reasoning=reasoning,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ WRONG = [
     ("init", "extra"),
     ("start", "--role", "boss"),
     ("start", "--threads", "many"),
-    ("start", "--precision", "fp8"),
+    ("start", "--precision", "int4"),
     ("status", "extra"),
     ("id", "extra"),
     ("peers", "extra"),

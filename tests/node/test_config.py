@@ -37,6 +37,8 @@ psk = "keys/swarm.key"
 allowed_peers = ["{PEER}"]
 metrics = "127.0.0.1:9464"
 log_level = "info,rpc=debug"
+kernels = "fma"
+precision = "int8"
 """
 
 
@@ -58,6 +60,7 @@ def test_every_key_is_taken_over() -> None:
     assert made.hub_endpoint == "https://hub.example.org"
     assert made.psk == Path("/home/alice/keys/swarm.key")
     assert made.allowed_peers == (PEER,)
+    assert (made.kernels, made.precision) == ("fma", "int8")
     assert made.rpc == Path("/home/alice/rpc.sock")
 
 
@@ -112,6 +115,9 @@ LONG = "1" * 5000
         ('authors = ["bob"]', "authors", (1, 12), "bob"),
         ('psk = ""', "psk", (1, 7), "not the path"),
         ('metrics = "0.0.0.0:1"', "metrics", (1, 11), ""),
+        ('precision = "int4"', "precision", (1, 13), "'int4' is not one of as-published, "),
+        ("precision = 8", "precision", (1, 13), "'8' is not one of as-published, "),
+        ('kernels = "sse"', "kernels", (1, 11), "'sse' is not one of auto, "),
         ('log_level = "loud"', "log_level", (1, 13), "'loud' is no level"),
         ("role.x = 1", "role", (1, 10), "role"),
         ("[threads]\nx = 1", "threads", (1, 1), "and is a table"),

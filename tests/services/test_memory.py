@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from blyan_node.services.holding import NoRoom, Reason
+from blyan_node.services.held import NoRoom, Reason
 from blyan_node.services.memory import Memory, Sort, resident
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import trio
 from safetensors.torch import save_file
 
-from blyan_node.services.holding import Reason
+from blyan_node.services.held import Reason
 from blyan_node.services.placement import Placement, PlacementConfig
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.reference import local_tensors

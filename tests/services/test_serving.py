@@ -13,7 +13,7 @@ import trio.testing
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.network.errors import PeerRefused
 from blyan_node.services.compute import Rows
-from blyan_node.services.holding import NoRoom, Reason
+from blyan_node.services.held import NoRoom, Reason
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.swarm import PROFILE, Swarm, SwarmNode
 from blyan_node.testing.trio_tests import trio_test

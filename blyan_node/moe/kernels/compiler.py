@@ -8,7 +8,16 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from blyan_node.moe.kernels import attention, columns, emit, epilogues, reading, sequence, tile
+from blyan_node.moe.kernels import (
+    attention,
+    blocks,
+    columns,
+    emit,
+    epilogues,
+    reading,
+    sequence,
+    tile,
+)
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
 
@@ -22,7 +31,8 @@ def describe(target: Target) -> ir.Module:
     module = ir.Module("kernels")
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
-        export(module, tile.product(module, storage, target))
+        many = blocks.product(module, storage, target)
+        export(module, tile.product(module, storage, target, many))
         if storage.by_columns:
             export(module, columns.columns(module, storage, target))
     for function in epilogues.all_epilogues(module, target):

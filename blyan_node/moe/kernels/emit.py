@@ -132,6 +132,17 @@ def counting(
         yield index
 
 
+@contextmanager
+def spans(
+    b: ir.IRBuilder, first: ir.Value, last: ir.Value, most: ir.Value | int
+) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Repeats what is inside for spans of at most `most` from `first` to `last`: start, length."""
+    most = word(most) if isinstance(most, int) else most
+    with counting(b, b.sub(b.add(last, most), word(1)), most, first) as start:
+        left = b.sub(last, start)
+        yield start, b.select(b.icmp_signed("<", left, most), left, most)
+
+
 def define(
     module: ir.Module, name: str, arguments: Sequence[tuple[str, ir.Type]], *, inline: bool = False
 ) -> tuple[ir.IRBuilder, list[ir.Value]]:

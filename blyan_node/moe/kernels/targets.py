@@ -24,11 +24,20 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Many:
+    """Rows are many from this number on, if they have at least so many values together."""
+
+    rows: int
+    values: int = 0
+
+
+@dataclass(frozen=True)
 class Target:
     """A family of processors.
 
-    `lanes` is the number of float32 in a register. `tiles` has an entry for each effort that a
-    storage can take (`storages.Storage`).
+    `lanes` is the number of float32 in a register. `tiles` and `many` have an entry for each effort
+    that a storage can take (`storages.Storage`); `block` are the rows and columns of a tile where
+    rows are many, which has one register for a pair.
     """
 
     name: str
@@ -37,6 +46,8 @@ class Target:
     needs: tuple[str, ...]
     lanes: int
     tiles: Sequence[Tiles] = field(hash=False)
+    block: tuple[int, int]
+    many: Sequence["Many"] = field(hash=False)
 
 
 _FMA = ("avx", "fma", "f16c")
@@ -52,11 +63,14 @@ _NARROW = (
 # 32 registers of 16 lanes; not measured on such a machine.
 _WIDE = (Tiles({1: (1, 4), 2: (2, 4)}, (4, 4)),) * 3
 
+# Float32 is not worth copying while the rows fit the second-level cache.
+_MANY = (Many(16, values=40_000), Many(24), Many(8))
+
 # The best first.
 TARGETS = (
-    Target("avx512", "x86-64-v4", "", _AVX512, 16, _WIDE),
-    Target("avx2", "x86-64-v3", "", _AVX2, 8, _NARROW),
-    Target("fma", "x86-64-v2", "+avx,+fma,+f16c", _FMA, 8, _NARROW),
+    Target("avx512", "x86-64-v4", "", _AVX512, 16, _WIDE, (6, 4), _MANY),
+    Target("avx2", "x86-64-v3", "", _AVX2, 8, _NARROW, (4, 3), _MANY),
+    Target("fma", "x86-64-v2", "+avx,+fma,+f16c", _FMA, 8, _NARROW, (4, 3), _MANY),
 )
 
 

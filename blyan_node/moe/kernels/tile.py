@@ -6,6 +6,7 @@ if it were alone: tiles, their remainders and the columns that a thread takes le
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from llvmlite import ir
 
@@ -22,7 +23,7 @@ FIELDS = (
     "scales", "scales_stride", "biases", "biases_stride", "depth", "tiles_ahead",
 )  # fmt: skip
 
-_LINE_BYTES = 64
+LINE_BYTES = 64
 
 ARGUMENTS = (
     ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
@@ -36,10 +37,13 @@ def field(b: ir.IRBuilder, matrix: ir.Value, name: str) -> ir.Value:
     return emit.load(b, kind, matrix, 8 * FIELDS.index(name))
 
 
-def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
+def product(
+    module: ir.Module, storage: Storage, target: Target, many: ir.Function | None = None
+) -> ir.Function:
     """`linear_STORAGE`: columns `first` to `last` of y = x · weightsᵀ · scales + biases.
 
-    x is float32 [rows, depth] and y float32 [rows, …], with strides in bytes.
+    x is float32 [rows, depth] and y float32 [rows, …], with strides in bytes. `many` computes the
+    same and is called where rows are many (`blocks`).
     """
     b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
@@ -59,6 +63,13 @@ def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
                     places = [matrix, x_row, x_stride, y_row, y_stride, column, again]
                     b.call(tiles[height, width], places)
 
+    if many is not None:
+        least = target.many[storage.effort]
+        enough = b.icmp_signed(">=", rows, emit.word(least.rows))
+        values = b.mul(rows, field(b, matrix, "depth"))
+        with b.if_then(b.and_(enough, b.icmp_signed(">=", values, emit.word(least.values)))):
+            b.call(many, arguments)
+            b.ret_void()
     columns = emit.slot(b, I64, first)
     shapes = target.tiles[storage.effort]
     for rows_here, (height, width) in sorted(shapes.few.items()):
@@ -70,6 +81,13 @@ def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
         sweep(columns, range(height, 0, -1), most)
     b.ret_void()
     return b.function
+
+
+class Sums(Protocol):
+    """The partial sums of pairs, wherever they are."""
+
+    def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
+        """The sums of one row's pairs."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +142,8 @@ def _tile(
     )  # fmt: skip
     matrix, x, x_stride, y, y_stride, column, again = arguments
     xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
-    weights = _rows_of(b, matrix, "weights", column, columns)
-    scales = _rows_of(b, matrix, "block_scales", column, columns)
+    weights = rows_of(b, matrix, "weights", column, columns)
+    scales = rows_of(b, matrix, "block_scales", column, columns)
     sums = _Sums.zero(b, rows, columns, target.lanes)
     ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
     depth = field(b, matrix, "depth")
@@ -133,8 +151,8 @@ def _tile(
     with emit.steps(b, k_cell, depth, order.BLOCK) as k:
         parts = []
         for weight, scale in zip(weights, scales, strict=True):
-            block = emit.at(b, weight, _length(b, storage, k))
-            for line in range(0, storage.bytes(order.BLOCK), _LINE_BYTES):
+            block = emit.at(b, weight, length(b, storage, k))
+            for line in range(0, storage.bytes(order.BLOCK), LINE_BYTES):
                 emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
             block_scale = emit.at(b, scale, b.lshr(k, emit.word(5)))
             parts.append(storage.read(b, block, block_scale, target.lanes))
@@ -144,12 +162,12 @@ def _tile(
         with b.if_then(b.icmp_signed("<", done, depth), likely=False):
             _add_remainder(b, storage, sums, xs, weights, (done, depth))
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
-    _finish(b, storage, matrix, sums, ys, (column, columns))
+    finish(b, storage, matrix, sums, ys, (column, columns))
     b.ret_void()
     return b.function
 
 
-def _rows_of(
+def rows_of(
     b: ir.IRBuilder, matrix: ir.Value, name: str, column: ir.Value, columns: int
 ) -> list[ir.Value]:
     """The addresses of a field's values for each of some columns."""
@@ -157,7 +175,7 @@ def _rows_of(
     return [emit.at(b, start, b.mul(b.add(column, emit.word(j)), stride)) for j in range(columns)]
 
 
-def _length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
+def length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
     """The bytes of a number of weights."""
     return b.lshr(b.mul(weights, emit.word(storage.bits)), emit.word(3))
 
@@ -213,18 +231,18 @@ def _remainder(module: ir.Module, name: str, storage: Storage, lanes: int) -> ir
     return b.function
 
 
-def _finish(
+def finish(
     b: ir.IRBuilder,
     storage: Storage,
     matrix: ir.Value,
-    sums: _Sums,
+    sums: Sums,
     ys: Sequence[ir.Value],
     span: tuple[ir.Value, int],
 ) -> None:
     """Adds up each pair, scales it, adds its bias and writes it."""
     column, columns = span
-    scales = _rows_of(b, matrix, "scales", column, columns)
-    biases = _rows_of(b, matrix, "biases", column, columns)
+    scales = rows_of(b, matrix, "scales", column, columns)
+    biases = rows_of(b, matrix, "biases", column, columns)
     offset = b.shl(column, emit.word(2))
     first = 0
     while first < columns:

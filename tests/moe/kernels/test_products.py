@@ -24,7 +24,7 @@ DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 95, 288]
 def _page() -> dict[str, Any]:
     """The names that the reference in docs/sums.md defines."""
     text = (Path(__file__).parents[3] / "docs" / "sums.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     names: dict[str, Any] = {}
     exec(code, names)
     return names

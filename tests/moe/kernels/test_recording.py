@@ -1,4 +1,4 @@
-"""Recordings: the same bits as calls, whoever calls at once, and nothing of the last row in them."""
+"""Recordings: the bits of calls, whoever calls at once, and nothing of the last row in them."""
 
 import threading
 

@@ -236,8 +236,8 @@ def at_the_edge(length):
 
 kernels = load(Path(sys.argv[2]), next(t for t in runnable() if t.name == sys.argv[1]))
 for name, storage in STORAGES.items():
-    for depth in (32, 96) if storage.scaled else (1, 31, 33, 100):
-        for rows in (1, 2, 5):
+    for depth in (32, 96) if storage.scaled else (1, 31, 33, 100, 1345):
+        for rows in (1, 2, 5, 30):
             x, y = at_the_edge(4 * rows * depth), at_the_edge(4 * rows * 7)
             scales = at_the_edge(7 * depth // 32) if storage.scaled else None
             weights = at_the_edge(7 * storage.bytes(depth))

@@ -1,0 +1,165 @@
+"""`quality`: what a model loses when its matrices are held in a narrower precision.
+
+Beside the model as it was published, whose bits are those of its weights in float32: perplexity of
+a text, how often the likeliest next token of it is the same, and how many greedy tokens are the
+same before the first that differs. Numbers are exact for a profile: no run differs from another.
+
+Real text with the demo's model, if `make demo` has made it in this folder. Every family as well,
+with the tests' tiny models, on text of their own (sampled from what was published). Their weights
+are random and large: rounding does to them far more than to a model that was trained.
+"""
+
+import importlib.util
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blyan_node.bench.passage import PASSAGE
+from blyan_node.bench.rows import Row, row
+from blyan_node.moe.arithmetic import Arithmetic, choose
+from blyan_node.moe.cache import KVCache
+from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.experts import Expert
+from blyan_node.moe.families import layout
+from blyan_node.moe.kernels.objects import user_folder
+from blyan_node.moe.sampling import Sampler, Sampling
+from blyan_node.moe.text import Text
+from blyan_node.moe.trunk import Trunk
+from protocols.dag.header import Kind
+from protocols.ids import expert_subject
+from protocols.precision import PUBLISHED, Precision
+
+DEMO = Path(".demo", "smollm2")
+FAMILIES = ("gpt_oss", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+DEMO_PRECISIONS: tuple[Precision, ...] = ("fp8", "int8")  # it is published in bfloat16
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float16", "fp8", "int8")
+GREEDY_TOKENS, TINY_TOKENS = 64, 192
+_WORSE_MAX = {"bfloat16": 1.01, "float16": 1.01, "fp8": 1.05, "int8": 1.02}  # of perplexity
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says of a text: logits [tokens, vocab], and how it goes on."""
+
+    logits: Tensor
+    goes_on: list[int]
+
+
+class Model:
+    """A whole model in this process, in one precision."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, arithmetic: Arithmetic, precision: Precision
+    ) -> None:
+        config = checkpoint.config
+        self._config = config
+        self._trunk = Trunk(config, checkpoint.load, arithmetic, precision)
+        self._experts = {
+            part.subject: Expert(
+                config, part.subject, checkpoint.load(part.subject), arithmetic, precision
+            )
+            for part in layout(config)
+            if part.kind is Kind.EXPERT
+        }
+
+    def say(self, ids: Sequence[int], tokens: int, sampler: Sampler) -> Said:
+        """Passes a text, then goes on for so many tokens."""
+        cache = self._trunk.new_cache(len(ids) + tokens)
+        cuts = self._trunk.prefill_cuts(0, len(ids))
+        logits = torch.cat([self._pass(ids[first:last], cache) for first, last in cuts])
+        new, last_row = list[int](), logits[-1]
+        for _ in range(tokens):
+            new.append(sampler.pick(last_row))
+            last_row = self._pass(new[-1:], cache)[-1]
+        return Said(logits, new)
+
+    def _pass(self, ids: Sequence[int], cache: KVCache) -> Tensor:
+        met = self._trunk.walk(0, self._trunk.embed(ids), cache)
+        while met.routed is not None:
+            normed, chosen = met.routed.normed, met.routed.experts
+            out = torch.empty(*chosen.shape, self._config.hidden)
+            for number in sorted(set(chosen.flatten().tolist())):
+                rows, ranks = (chosen == number).nonzero(as_tuple=True)
+                expert = self._experts[expert_subject(met.layer, number)]
+                out[rows, ranks] = expert.apply(normed[rows])
+            met = self._trunk.walk(met.layer + 1, self._trunk.combine(met, out), cache)
+        return self._trunk.logits(met.residual)
+
+
+def measure() -> Iterator[Row]:
+    """The rows of the demo's model, if it is there, and of each family's tiny one."""
+    torch.set_num_threads(1)
+    arithmetic = choose(folder=user_folder())
+    if DEMO.is_dir():
+        checkpoint = Checkpoint.open(DEMO)
+        ids = Text(checkpoint.files).encode(PASSAGE)
+        yield from compared("smollm2", checkpoint, ids, arithmetic, DEMO_PRECISIONS)
+    if not importlib.util.find_spec("transformers"):  # which makes the tiny models
+        return
+    from blyan_node.testing.checkpoints import make_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="blyan-bench-") as scratch:
+        for family in FAMILIES:
+            checkpoint = Checkpoint.open(make_checkpoint(family, Path(scratch, family)))
+            published = Model(checkpoint, arithmetic, PUBLISHED)
+            text = published.say([3], TINY_TOKENS, Sampler(Sampling(1.0), 1)).goes_on
+            yield from compared(family, checkpoint, [3, *text], arithmetic, PRECISIONS)
+
+
+def compared(
+    name: str,
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    arithmetic: Arithmetic,
+    precisions: Sequence[Precision],
+) -> Iterator[Row]:
+    """Three rows for each precision, beside the model as it was published."""
+    truth = Model(checkpoint, arithmetic, PUBLISHED).say(ids, GREEDY_TOKENS, Sampler())
+    for precision in precisions:
+        said = Model(checkpoint, arithmetic, precision).say(ids, GREEDY_TOKENS, Sampler())
+        here = f"quality {name} {precision}"
+        yield row(
+            f"{here} perplexity",
+            "",
+            perplexity(said.logits, ids),
+            beside={PUBLISHED: perplexity(truth.logits, ids)},
+            goal=f"ratio <= {_WORSE_MAX[precision]} for a trained model",
+            runs=1,
+        )
+        same = (said.logits.argmax(-1) == truth.logits.argmax(-1)).float().mean()
+        yield row(
+            f"{here} agreement",
+            "of greedy tokens",
+            float(same),
+            beside={PUBLISHED: 1.0},
+            goal="near 1",
+            runs=1,
+        )
+        yield row(
+            f"{here} continuation",
+            "tokens before one differs",
+            beginning(said.goes_on, truth.goes_on),
+            beside={PUBLISHED: float(GREEDY_TOKENS)},
+            goal="near 1",
+            runs=1,
+        )
+
+
+def perplexity(logits: Tensor, ids: Sequence[int]) -> float:
+    """e to the mean of the negative log likelihood of each token after those before it."""
+    following = torch.tensor(ids[1:])
+    likely = torch.log_softmax(logits[:-1].double(), dim=-1)
+    return math.exp(-float(likely.gather(1, following[:, None]).mean()))
+
+
+def beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    for number, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a != b:
+            return number
+    return len(one)

@@ -1,0 +1,50 @@
+"""A token's time falls into parts, none of which is missing or counted twice."""
+
+from pathlib import Path
+
+import pytest
+
+from blyan_node.bench import decoding, parts
+from blyan_node.bench.models import write_model
+from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.kernels.targets import Unsupported, runnable
+from protocols.tensors.manifest import Dtype
+
+SMALL: dict[str, object] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", Dtype.BF16, **SMALL)
+
+
+def test_the_parts_have_all_weights_of_a_token(model: Path) -> None:
+    weights = parts.weights_of(Checkpoint.open(model).config)
+    assert weights["all"] == decoding.token_weights(model)
+    assert 2 * weights["all"] == sum(weights.values())
+
+
+def test_every_part_has_a_row(model: Path) -> None:
+    try:
+        runnable()
+    except Unsupported as error:
+        pytest.skip(str(error))
+    rows = parts.parts(model, "int8", 1, "int8")
+    names = {one.name.partition(", ")[2] for one in rows}
+    assert names == {
+        "all", "projections", "attention", "output and router", "experts", "head", "between them",
+    }  # fmt: skip
+    times = {one.name.partition(", ")[2]: one.value for one in rows}
+    assert times["all"] == max(times.values())
+    assert all(one.value > 0 and one.unit == "ms/token" for one in rows)
+
+
+def test_what_is_timed_is_added_to_its_part() -> None:
+    spent: parts.Spent = {}
+    assert parts.timed(spent, "head", lambda x, *, y: x + y, 2, y=3) == 5
+    once = spent["head"]
+    parts.timed(spent, "head", lambda: None)
+    assert spent.keys() == {"head"} and spent["head"] >= once > 0

@@ -1,0 +1,109 @@
+"""A token whose experts are here stays in one thread; where some are not, nothing else changes."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from blyan_node.services.session import Session
+from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.reference import open_reference
+from blyan_node.testing.swarm import Swarm, SwarmNode
+from blyan_node.testing.trio_tests import trio_test
+from protocols.ids import BlockId
+from protocols.rpc.generate import GenerateRequest, GenerateResult, Token
+
+PROMPT, NEW = [3, 14, 15, 92, 65, 35, 89, 79], 9
+LAYERS, EXPERTS, TOP = 3, 6, 2
+ALL = [f"layer{layer}.expert{expert}" for layer in range(LAYERS) for expert in range(EXPERTS)]
+
+
+def nobody(token: Token) -> None:
+    """Takes tokens and does nothing with them."""
+
+
+@pytest.fixture
+def hops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of what each visit to the compute thread began with."""
+    seen: list[str] = []
+    compute = Session._compute
+
+    async def counted(session: Session, work: object) -> object:
+        seen.append(work.func.__name__)  # type: ignore[attr-defined]
+        return await compute(session, work)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "_compute", counted)
+    return seen
+
+
+async def _answer(alice: SwarmNode) -> GenerateResult:
+    request = GenerateRequest(model="tiny", prompt_ids=PROMPT, max_tokens=NEW, ignore_eos=True)
+    return await alice.generation.generate(request, nobody)
+
+
+async def _swarm_of_two(swarm: Swarm, path: Path, here: list[str], there: list[str]) -> BlockId:
+    alice, bob = swarm.nodes["alice"], swarm.nodes["bob"]
+    model = (await alice.publish(path, "tiny")).model
+    await alice.hold(model, here)
+    await bob.hold(model, there)
+    with trio.fail_after(30):
+        while sum(len(peers) for _, peers in alice.adverts.directory.experts()) < len(there):
+            await alice.adverts.changes.wait()
+    return model
+
+
+@pytest.mark.parametrize("missing", [0, 1, len(ALL)])
+@trio_test
+async def test_tokens_and_trace_are_the_same_wherever_experts_are(
+    tmp_path: Path, hops: list[str], missing: int
+) -> None:
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    async with swarm.started():
+        await _swarm_of_two(swarm, path, ALL[missing:], ALL[:missing])
+        hops.clear()
+        result = await _answer(alice)
+        assert result.token_ids == open_reference(path).generate(PROMPT, NEW)
+        rows = [entry.peers for entry in result.trace.values()]
+        assert sum(sum(peers.values()) for peers in rows) == (len(PROMPT) + NEW - 1) * LAYERS * TOP
+        for subject, entry in result.trace.items():
+            if subject in ALL[missing:]:
+                assert set(entry.peers) == {alice.peer_id}
+    # A pass of the prompt and NEW - 1 of a token each; the prompt's always goes layer by layer.
+    assert hops.count("_enter") == NEW
+    if missing == 0:
+        assert hops.count("_leave") == LAYERS
+    if missing == len(ALL):
+        assert hops.count("_leave") == LAYERS * NEW
+    assert not [held for held in alice.holding.held() if held.users]
+
+
+@trio_test
+async def test_what_is_dropped_meanwhile_leaves_when_the_token_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is dropped in the middle of a pass: it is computed to its end, and then gone."""
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    compute, dropped = Session._compute, []
+
+    async with swarm.started():
+        await _swarm_of_two(swarm, path, ALL, [])
+
+        async def drops(session: Session, work: object) -> object:
+            if session._length > len(PROMPT) and not dropped:
+                dropped.extend(held.what.block for held in alice.holding.held())
+                for block in dropped:
+                    await alice.holding.drop(block)
+                assert alice.holding.memory.experts > 0
+            return await compute(session, work)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Session, "_compute", drops)
+        result = await _answer(alice)
+        assert dropped and result.token_ids == open_reference(path).generate(PROMPT, NEW)
+        kept = [held for held in alice.holding.held() if held.what.block in dropped]
+        assert all(held.reason.value == "passing" for held in kept)  # loaded again for the rest
