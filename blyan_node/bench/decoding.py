@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from blyan_node.bench import peers
 from blyan_node.bench.models import write_model
@@ -119,5 +119,5 @@ def token_weights(model: Path) -> int:
 
 def _reading(size: int) -> Callable[[], float]:
     """How often in a second so many bytes can be read, by one thread that does nothing else."""
-    kernels, memory = load(user_folder()), torch.ones(READ_BYTES // 4)
+    kernels, memory = load(user_folder()), np.ones(READ_BYTES // 4, np.float32)
     return lambda: READ_BYTES / size / seconds(lambda: kernels.read(memory, READ_BYTES))

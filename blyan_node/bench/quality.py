@@ -10,28 +10,26 @@ are random and large: rounding does to them far more than to a model that was tr
 """
 
 import importlib.util
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from blyan_node.bench.passage import PASSAGE
 from blyan_node.bench.rows import Row, row
 from blyan_node.moe.arithmetic import Arithmetic, choose
+from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.moe.experts import Expert
-from blyan_node.moe.families import layout
 from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.sampling import Sampler, Sampling
 from blyan_node.moe.text import Text
-from blyan_node.moe.trunk import Trunk
-from protocols.dag.header import Kind
-from protocols.ids import expert_subject
+from blyan_node.testing.engine import Engine
+from protocols.errors import RemoteProtocolError
 from protocols.precision import PUBLISHED, Precision
 
 DEMO = Path(".demo", "smollm2")
@@ -39,14 +37,23 @@ FAMILIES = ("gpt_oss", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
 DEMO_PRECISIONS: tuple[Precision, ...] = ("fp8", "int8")  # it is published in bfloat16
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float16", "fp8", "int8")
 GREEDY_TOKENS, TINY_TOKENS = 64, 192
-_WORSE_MAX = {"bfloat16": 1.01, "float16": 1.01, "fp8": 1.05, "int8": 1.02}  # of perplexity
+_WORSE_MAX = {
+    "float32": 1.0,
+    "bfloat16": 1.01,
+    "float16": 1.01,
+    "fp8": 1.05,
+    "int8": 1.02,
+}  # of perplexity
+
+
+Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Said:
     """What a model says of a text: logits [tokens, vocab], and how it goes on."""
 
-    logits: Tensor
+    logits: Logits
     goes_on: list[int]
 
 
@@ -56,50 +63,43 @@ class Model:
     def __init__(
         self, checkpoint: Checkpoint, arithmetic: Arithmetic, precision: Precision
     ) -> None:
-        config = checkpoint.config
-        self._config = config
-        self._trunk = Trunk(config, checkpoint.load, arithmetic, precision)
-        self._experts = {
-            part.subject: Expert(
-                config, part.subject, checkpoint.load(part.subject), arithmetic, precision
-            )
-            for part in layout(config)
-            if part.kind is Kind.EXPERT
-        }
+        self._engine = Engine(checkpoint.config, checkpoint.load, arithmetic, precision)
+        self._composed = Random(1)
 
     def say(self, ids: Sequence[int], tokens: int, sampler: Sampler) -> Said:
         """Passes a text, then goes on for so many tokens."""
-        cache = self._trunk.new_cache(len(ids) + tokens)
-        cuts = self._trunk.prefill_cuts(0, len(ids))
-        logits = torch.cat([self._pass(ids[first:last], cache) for first, last in cuts])
-        new, last_row = list[int](), logits[-1]
+        trunk = self._engine.trunk
+        cache = trunk.new_cache(len(ids) + tokens)
+        cuts = trunk.prefill_cuts(0, len(ids))
+        logits = np.concatenate([self._pass(ids[first:last], cache) for first, last in cuts])
+        new, row_now = list[int](), logits[-1]
         for _ in range(tokens):
-            new.append(sampler.pick(last_row))
-            last_row = self._pass(new[-1:], cache)[-1]
+            new.append(sampler.pick(tensor_of(row_now)))
+            row_now = self._pass(new[-1:], cache)[-1]
         return Said(logits, new)
 
-    def _pass(self, ids: Sequence[int], cache: KVCache) -> Tensor:
-        met = self._trunk.walk(0, self._trunk.embed(ids), cache)
-        while met.routed is not None:
-            normed, chosen = met.routed.normed, met.routed.experts
-            out = torch.empty(*chosen.shape, self._config.hidden)
-            for number in sorted(set(chosen.flatten().tolist())):
-                rows, ranks = (chosen == number).nonzero(as_tuple=True)
-                expert = self._experts[expert_subject(met.layer, number)]
-                out[rows, ranks] = expert.apply(normed[rows])
-            met = self._trunk.walk(met.layer + 1, self._trunk.combine(met, out), cache)
-        return self._trunk.logits(met.residual)
+    def _pass(self, ids: Sequence[int], cache: KVCache) -> Logits:
+        (logits,) = self._engine.forward([(cache, ids)], self._composed)
+        return array_of(logits).copy()
 
 
 def measure() -> Iterator[Row]:
-    """The rows of the demo's model, if it is there, and of each family's tiny one."""
-    torch.set_num_threads(1)
+    """The rows of the demo's model, if it is there, and of each family's tiny one.
+
+    Raises `RemoteProtocolError` if there are neither.
+    """
     arithmetic = choose(folder=user_folder())
     if DEMO.is_dir():
         checkpoint = Checkpoint.open(DEMO)
         ids = Text(checkpoint.files).encode(PASSAGE)
         yield from compared("smollm2", checkpoint, ids, arithmetic, DEMO_PRECISIONS)
     if not importlib.util.find_spec("transformers"):  # which makes the tiny models
+        if not DEMO.is_dir():
+            raise RemoteProtocolError(
+                "bench quality",
+                "there is no model: `make demo` makes one here, and the tiny ones need"
+                " pip install 'blyan-node[test]'",
+            )
         return
     from blyan_node.testing.checkpoints import make_checkpoint
 
@@ -131,7 +131,7 @@ def compared(
             goal=f"ratio <= {_WORSE_MAX[precision]} for a trained model",
             runs=1,
         )
-        same = (said.logits.argmax(-1) == truth.logits.argmax(-1)).float().mean()
+        same = np.mean(said.logits.argmax(-1) == truth.logits.argmax(-1))
         yield row(
             f"{here} agreement",
             "of greedy tokens",
@@ -150,11 +150,12 @@ def compared(
         )
 
 
-def perplexity(logits: Tensor, ids: Sequence[int]) -> float:
+def perplexity(logits: Logits, ids: Sequence[int]) -> float:
     """e to the mean of the negative log likelihood of each token after those before it."""
-    following = torch.tensor(ids[1:])
-    likely = torch.log_softmax(logits[:-1].double(), dim=-1)
-    return math.exp(-float(likely.gather(1, following[:, None]).mean()))
+    rows = logits[:-1].astype(np.float64)
+    rows -= rows.max(-1, keepdims=True)
+    likely = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+    return float(np.exp(-likely[np.arange(len(rows)), list(ids[1:])].mean()))
 
 
 def beginning(one: Sequence[int], other: Sequence[int]) -> int:

@@ -116,8 +116,8 @@ def test_routers_norms_and_what_is_computed_with_from_both_sides_stay(
                 assert kinds["weight"] == torch.float32 and not held.converted
             elif part.subject.endswith("attention"):
                 assert kinds["o"] is None and kinds["input_norm"] == torch.float32
-                assert kinds.get("kv_b") in (None, torch.float32)
                 assert ("kv_b" in kinds) == (name == "deepseek_v3")
+                assert kinds.get("kv_b", torch.float32) == torch.float32
 
 
 def test_mxfp4_is_narrower_than_anything_that_can_be_asked_for(
