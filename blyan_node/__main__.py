@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.verb(arguments)
+        sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
     except Refused as refused:
         return _tell(refused, arguments.json, EXIT_REFUSED)

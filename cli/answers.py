@@ -1,12 +1,12 @@
 """What `generate` and `chat` share: the options of an answer, and how it is shown as it comes."""
 
-import re
 import sys
 from typing import Any, TypeVar
 
 import click
 
 from cli.shared import describe
+from cli.terminal import dim, shown
 from protocols.precision import PRECISIONS
 from protocols.rpc.codec import Note
 
@@ -23,9 +23,6 @@ _OPTIONS = (
     ("--root", "R", str),
     ("--precision", None, click.Choice(PRECISIONS)),
 )
-# What would move the cursor or change the terminal: a model may say anything.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
 C = TypeVar("C", bound=Any)
 
 
@@ -52,13 +49,14 @@ class Printer:
             return
         text, reasoning = note.params["text"], note.params.get("reasoning")
         if reasoning:
-            click.secho(_shown(reasoning, sys.stderr.isatty()), dim=True, nl=False, err=True)
+            said = shown(reasoning, sys.stderr)
+            click.echo(dim(said, sys.stderr), nl=False, err=True)
             self._thinking = True
         if text is None:
             text = f"{note.params['token_id']} "
         if text:
             self._end_thinking()
-            click.echo(_shown(text, sys.stdout.isatty()), nl=False)
+            click.echo(shown(text, sys.stdout), nl=False)
             self._open = not text.endswith("\n")
 
     def end_line(self) -> None:
@@ -72,7 +70,3 @@ class Printer:
         if self._thinking:
             self._thinking = False
             click.echo(err=True)
-
-
-def _shown(text: str, terminal: bool) -> str:
-    return _CONTROL.sub("", text) if terminal else text

@@ -22,6 +22,7 @@ from cli.shared import (
     shared_of,
     tell,
 )
+from cli.terminal import hush
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 
 # Command → (module, attribute). A module is imported when its command is used or listed.
@@ -98,9 +99,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if "_BLYAN_NODE_COMPLETE" in os.environ:
         importlib.import_module("cli.completion")  # a shell asks: it brings the answers' form
     refused, code = _outcome(given)
-    if refused is not None:
-        # Asked of the words themselves, since they may be what could not be parsed.
-        tell(refused, "--json" in given)
+    try:
+        if refused is not None:
+            # Asked of the words themselves, since they may be what could not be parsed.
+            tell(refused, "--json" in given)
+    except BrokenPipeError:
+        pass
+    hush()
     return code
 
 
@@ -126,7 +131,6 @@ def _outcome(arguments: list[str]) -> tuple[Refused | None, int]:
         bad = Refused(ErrorCode.BAD_INPUT, f"cannot use {error.where}", error.why)
         return bad, EXIT_USAGE
     except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None, EXIT_REFUSED
     except OSError as error:
         path = error.filename or "a file"

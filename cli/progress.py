@@ -6,6 +6,8 @@ from typing import Any, Self
 
 import click
 
+from cli.terminal import console, decorated
+
 PLAIN_EVERY_S = 2.0
 
 
@@ -31,7 +33,7 @@ class Progress:
 
     def show(self, params: dict[str, Any]) -> None:
         """Takes in one notification: `what`, `done`, `total` (None if unknown), `unit`."""
-        if sys.stderr.isatty():
+        if decorated(sys.stderr):
             self._draw(params)
         else:
             self._print(params)
@@ -58,7 +60,6 @@ class Progress:
 
 def _bar() -> Any:
     from rich import progress
-    from rich.console import Console
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -67,6 +68,6 @@ def _bar() -> Any:
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(sys.stderr),
         transient=False,
     )

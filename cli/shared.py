@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -11,6 +12,7 @@ import msgspec
 from click.shell_completion import CompletionItem
 
 from cli.client import Answer, Client, NoNode
+from cli.terminal import shown
 from protocols.errors import ErrorCode, Refused
 from protocols.rpc import telling
 from protocols.rpc.address import socket_path
@@ -221,6 +223,6 @@ def no_node(error: NoNode) -> Refused:
 def tell(refused: Refused, as_json: bool) -> None:
     """Writes an error: for people on stderr, and with `--json` as a document on stdout."""
     for line in telling.lines(refused):
-        click.echo(line, err=True)
+        click.echo(shown(line, sys.stderr), err=True)
     if as_json:
         click.echo(telling.document(refused))

@@ -1,10 +1,13 @@
 """How results look to people. With `--json` nothing here runs."""
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
+
+from cli.terminal import console, shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _WIDE = 10_000
@@ -18,32 +21,36 @@ def size(count: int) -> str:
     return f"{count} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
+def say(text: str, err: bool = False) -> None:
+    """A line for people; names in it may come from anybody."""
+    click.echo(shown(text, sys.stderr if err else sys.stdout), err=err)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
     """A table on stdout; `empty` says what it means if there are no rows."""
-    import sys
-
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    listed = [[Text("" if cell is None else str(cell)) for cell in row] for row in rows]
+    listed = [
+        [Text("" if cell is None else shown(str(cell), sys.stdout)) for cell in row] for row in rows
+    ]
     if not listed:
-        click.echo(empty)
+        say(empty)
         return
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in listed:
         drawn.add_row(*row)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDE).print(drawn)
+    console(sys.stdout, _WIDE).print(drawn)
 
 
 def pairs(rows: Iterable[tuple[str, object]]) -> None:
     """Named values, one a line; those that are None are left out."""
-    shown = [(name, str(value)) for name, value in rows if value is not None]
-    width = max((len(name) for name, _ in shown), default=0)
-    for name, value in shown:
-        click.echo(f"{name:<{width}}  {value}")
+    told = [(name, str(value)) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in told), default=0)
+    for name, value in told:
+        say(f"{name:<{width}}  {value}")
 
 
 def status(document: dict[str, Any]) -> None:
@@ -76,9 +83,9 @@ def _syncing(syncing: dict[str, Any]) -> str:
 
 def identity(document: dict[str, Any]) -> None:
     """`node.id`."""
-    click.echo(document["peer_id"])
+    say(document["peer_id"])
     for addr in document["addrs"]:
-        click.echo(f"  {addr}")
+        say(f"  {addr}")
 
 
 def peers(document: dict[str, Any]) -> None:
@@ -148,9 +155,9 @@ def verified(document: dict[str, Any]) -> None:
         what += f", {document['chunks']} chunks"
     if "bytes" in document:
         what += f", {size(document['bytes'])}"
-    click.echo(f"{'all is well' if document['ok'] else 'NOT well'}: {what}")
+    say(f"{'all is well' if document['ok'] else 'NOT well'}: {what}")
     for bad in document["bad"]:
-        click.echo("  " + "  ".join(str(value) for value in bad.values() if value is not None))
+        say("  " + "  ".join(str(value) for value in bad.values() if value is not None))
 
 
 def experts(document: dict[str, Any]) -> None:
@@ -181,13 +188,13 @@ def _far(holder: dict[str, Any]) -> str:
 
 def held(document: dict[str, Any]) -> None:
     """`expert.hold` and `expert.drop`."""
-    click.echo(f"{', '.join(document['subjects'])}: done")
-    click.echo(f"the node holds {document['experts']} experts, {size(document['bytes'])}")
+    say(f"{', '.join(document['subjects'])}: done")
+    say(f"the node holds {document['experts']} experts, {size(document['bytes'])}")
 
 
 def expert_stats(document: dict[str, Any]) -> None:
     """`expert.stats`."""
-    click.echo(
+    say(
         f"{document['requests']} requests, {document['queue']} waiting, "
         f"{document['busy']} turned away"
     )
@@ -201,13 +208,13 @@ def expert_stats(document: dict[str, Any]) -> None:
         "no experts are held here",
     )  # fmt: skip
     m = document["memory"]
-    click.echo(
+    say(
         f"memory: {size(m['experts'])} of experts, {size(m['trunks'])} of trunks and "
         f"{size(m['caches'])} of caches in {size(m['budget'])}; {size(m['copied'])} copied, "
         f"{size(m['packs'])} in pack files"
     )
     if m["file"] is not None:
-        click.echo(f"process: {size(m['anonymous'])} of its own, {size(m['file'])} of files")
+        say(f"process: {size(m['anonymous'])} of its own, {size(m['file'])} of files")
 
 
 def stats(document: dict[str, Any]) -> None:
@@ -217,7 +224,7 @@ def stats(document: dict[str, Any]) -> None:
     nodes = f"{len(peers)} node{'' if len(peers) == 1 else 's'}"
     used = document.get("sampling")  # `forward` draws nothing
     drawn = f"seed {used['seed']}, " if used and used["seed"] is not None else ""
-    click.echo(
+    say(
         f"[{s['prompt_tokens']} + {s['new_tokens']} tokens, {s['tokens_per_s']:.1f} tokens/s, "
         f"{len(document['trace'])} experts on {nodes}, {s['retries']} retries, {drawn}"
         f"root {document['root'][:16]}, {document['profile']}]",
@@ -233,16 +240,16 @@ def chain_status(document: dict[str, Any]) -> None:
 def heads(document: dict[str, Any]) -> None:
     """`chain.heads`."""
     for found in document["models"]:
-        click.echo(f"{found['name']}  {found['model']}\n  root {found['root']}")
+        say(f"{found['name']}  {found['model']}\n  root {found['root']}")
         table(("  subject", "head"), ((f"  {s}", b) for s, b in found["heads"].items()), "")
         for fork in found["forks"]:
             others, what = ", ".join(fork["others"]), fork["subject"] or "the first release"
-            click.echo(
+            say(
                 f"  fork of {what} after {fork['base'] or 'nothing'}: {fork['chosen']} is the "
                 f"head, kept beside it: {others}"
             )
     if not document["models"]:
-        click.echo("no models")
+        say("no models")
 
 
 def log(document: dict[str, Any]) -> None:
@@ -258,7 +265,7 @@ def log(document: dict[str, Any]) -> None:
         "no blocks",
     )  # fmt: skip
     if document["next"] is not None:
-        click.echo(f"more with --after {document['next']}")
+        say(f"more with --after {document['next']}")
 
 
 def block(document: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from cli import show
 from cli.client import Client, NoNode
 from cli.shared import Shared, emit
 from protocols import build
@@ -43,8 +44,8 @@ def _plain(document: dict[str, Any], shared: Shared) -> None:
     if node is None:
         click.echo(f"node: none answers on {shared.socket}; it would say its numeric profile")
     else:
-        click.echo(f"node: {build.shown(node['version'], node['commit'])}")
-        click.echo(f"profile: {node['profile']}")
+        show.say(f"node: {build.shown(node['version'], node['commit'])}")
+        show.say(f"profile: {node['profile']}")
 
 
 def _node(shared: Shared) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ class LookSeen:
 
 @dataclass(frozen=True)
 class PaceSeen:
-    """How late the event loop is at worst, in s, what waits, what was lost, threads and cores."""
+    """How late the event loop is, in s, what waits, what was lost, threads and cores."""
 
     lag_s: float
     queue: int
@@ -93,7 +93,9 @@ def judge_reach(
             "connect it to another node and run `doctor` again",
         )  # fmt: skip
     if good := [(look, addr) for look, addr, why in tried if not why]:
-        return Finding("reachable", "ok", f"{good[0][0].peer} connected back to {good[0][1]}")
+        look, addr = good[0]
+        what = f"{look.peer} sees it at {look.host} and connected back to {addr}"
+        return Finding("reachable", "ok", what)
     failed = "; ".join(f"{addr} from {look.peer}: {why}" for look, addr, why in tried)
     return Finding(
         "reachable", "bad", "peers cannot connect to this node", failed,
@@ -193,7 +195,7 @@ def judge_pace(seen: PaceSeen) -> Finding:
             "pace", "warn", f"{seen.threads} threads on {seen.cores} cores",
             "they wait for each other", f"--threads {seen.cores}",
         )  # fmt: skip
-    return Finding("pace", "ok", f"{1000 * seen.lag_s:.0f} ms late at worst, {seen.queue} waiting")
+    return Finding("pace", "ok", f"{1000 * seen.lag_s:.0f} ms late, {seen.queue} waiting")
 
 
 def _is_loopback(addr: str) -> bool:

@@ -44,7 +44,7 @@ def verify() -> None:
 @model_option("chain.graph")
 def graph(model: str | None) -> None:
     """The DAG as a Graphviz document."""
-    emit(ask("chain.graph", {"model": model}), lambda got: click.echo(got["dot"]))
+    emit(ask("chain.graph", {"model": model}), lambda got: show.say(got["dot"]))
 
 
 @click.group(cls=Group)

@@ -24,6 +24,7 @@ from cli.shared import (
     shared_of,
     tell,
 )
+from cli.terminal import dim
 from cli.values import model_option
 from protocols.errors import ErrorCode, Refused
 
@@ -55,7 +56,8 @@ def chat(context: click.Context, /, system: str | None, **params: Any) -> int | 
     ask("model.show", {"model": params["model"]})
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if talk.in_terminal:
-        click.secho(f"{params['model']}: /help lists commands, Ctrl-D leaves", dim=True, err=True)
+        said = f"{params['model']}: /help lists commands, Ctrl-D leaves"
+        click.echo(dim(said, sys.stderr), err=True)
     read = _line_editor() if talk.in_terminal else _pipe
     while (line := read()) is not None:
         try:
@@ -155,7 +157,7 @@ class Conversation:
 
     def _note(self, text: str) -> None:
         if not self.shared.json:
-            click.secho(f"[{text}]", dim=True, err=True)
+            click.echo(dim(f"[{text}]", sys.stderr), err=True)
 
 
 def _line_editor() -> Callable[[], str | None]:

@@ -39,7 +39,7 @@ def _runs(path: str) -> bool:
 def plain(document: dict[str, Any]) -> None:
     """The settings for people."""
     state = "in use" if document["running"] else "at the next start"
-    click.echo(f"{document['home']}, {state}")
+    show.say(f"{document['home']}, {state}")
     show.table(
         ("key", "value", "from"),
         ((s["key"], _value(s), _origin(s)) for s in document["settings"]),

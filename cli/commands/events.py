@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cli.shared import Command, ask, shared_of, summary
+from cli.show import say
 from protocols.rpc.codec import Note
 
 
@@ -18,7 +19,7 @@ def events(context: click.Context) -> None:
 
     def line(note: Note) -> None:
         event = {key: value for key, value in note.params.items() if key != "id"}
-        click.echo(json.dumps(event) if as_json else _plain(event))
+        say(json.dumps(event) if as_json else _plain(event))
 
     ask("events.subscribe", {}, line)
 

@@ -83,5 +83,5 @@ def forward(out: str, **params: Any) -> None:
 
 
 def _written(result: dict[str, Any]) -> None:
-    click.echo(result["out"])
+    show.say(result["out"])
     show.stats(result)

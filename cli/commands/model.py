@@ -52,7 +52,7 @@ def fetch(name: str, root: str | None) -> None:
     """Store every block of a model here."""
     emit(
         ask("model.fetch", {"model": name, "root": root}),
-        lambda got: click.echo(f"{got['blocks']} blocks, {show.size(got['bytes'])} fetched"),
+        lambda got: show.say(f"{got['blocks']} blocks, {show.size(got['bytes'])} fetched"),
     )
 
 
@@ -72,7 +72,7 @@ def wait(name: str, replicas: int) -> None:
     """Wait until every expert has enough live holders."""
     emit(
         ask("model.wait", {"model": name, "replicas": replicas}),
-        lambda got: click.echo(f"every expert has at least {got['replicas']} live holders"),
+        lambda got: show.say(f"every expert has at least {got['replicas']} live holders"),
     )
 
 
@@ -84,7 +84,7 @@ def export(name: str, out: str, root: str | None) -> None:
     """Write a model as a Hugging Face directory."""
     emit(
         ask("model.export", {"model": name, "out": absolute(out), "root": root}),
-        lambda got: click.echo(f"{got['path']}: {got['files']} files, {show.size(got['bytes'])}"),
+        lambda got: show.say(f"{got['path']}: {got['files']} files, {show.size(got['bytes'])}"),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from cli.shared import Command, absolute, shared_of
+from cli.terminal import console
 
 ANSWER_S_MAX = 30.0
 PICTURE_COLUMNS = 110
@@ -98,12 +99,10 @@ def _document(seen: Any) -> dict[str, Any]:
 
 
 def _print(seen: Any) -> None:
-    from rich.console import Console
-
     from cli.top.frame import frame
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
-    console.print(frame(seen, console.width))
+    shown = console(sys.stdout, 160)
+    shown.print(frame(seen, shown.width))
 
 
 def _draw(path: str, every: float, file: Path) -> None:
@@ -114,11 +113,11 @@ def _draw(path: str, every: float, file: Path) -> None:
 
     from cli.top.frame import frame
 
-    console = Console(
+    drawn = Console(
         file=io.StringIO(), width=PICTURE_COLUMNS, record=True, force_terminal=True, no_color=False
     )
-    console.print(frame(_look_twice(path, every), console.width))
-    picture = console.export_svg(title="blyan-node top")
+    drawn.print(frame(_look_twice(path, every), drawn.width))
+    picture = drawn.export_svg(title="blyan-node top")
     # rich's own fonts come from a server of somebody else's; any fixed one will do.
     file.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))
     click.echo(f"{file}: written", err=True)
@@ -140,12 +139,12 @@ def _watch(path: str, every: float) -> None:
         feed.subscribe()
         feed.poll()
         feed.settle()
-        console = Console()
-        with Keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+        screen = Console()
+        with Keys() as keys, Live(console=screen, screen=True, auto_refresh=False) as live:
 
             def draw() -> None:
                 feed.seen.silent_s = time.monotonic() - feed.seen.at if feed.waiting else 0.0
-                live.update(frame(feed.seen, console.width, console.height), refresh=True)
+                live.update(frame(feed.seen, screen.width, screen.height), refresh=True)
 
             draw()
             sources: list[Link | Keys] = [link, keys]

@@ -111,7 +111,7 @@ def _line(*pairs: tuple[str, object]) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
     for name, value in pairs:
         line.append(f"{name} " if name else "", style="dim")
-        line.append(str(value), style="bold")
+        line.append(_printable(str(value)), style="bold")
         line.append("   ")
     return line
 

@@ -44,9 +44,7 @@ class Foreign:
         )  # fmt: skip
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
-        started = self.call("start", only=only)
-        self.peer_id: str = started["peer"]
-        self.addr: str = started["addrs"][0]
+        self.begin(only)
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +63,12 @@ class Foreign:
         print(self._process.stderr.read()[-2000:])
         with self._process:  # closes the pipes and waits
             pass
+
+    def begin(self, only: Sequence[str] | None = None) -> None:
+        """Becomes another peer, with another key."""
+        started = self.call("start", only=only)
+        self.peer_id: str = started["peer"]
+        self.addr: str = started["addrs"][0]
 
     def call(self, do: str, **parameters: object) -> Line:
         """Does one thing; fails if the peer could not."""

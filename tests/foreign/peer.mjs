@@ -40,6 +40,7 @@ const watching = () => new Proxy({
 const commands = {
   // `only`: the peers that it has connections with; others it would find through the DHT.
   async start ({ listen = ['/ip4/127.0.0.1/tcp/0'], only = null }) {
+    await peer?.stop() // a second start makes another peer, with another key
     const stranger = id => only !== null && !only.includes(id.toString())
     peer = await createLibp2p({
       connectionGater: {
@@ -122,23 +123,19 @@ const commands = {
     }
     return { peers: [...found] }
   },
-  // Bytes on a stream of a protocol, then its end or half of it; how it ended for us.
+  // Bytes on a stream of a protocol, then its end; how it stands then.
   async raw ({ addr, protocol, data, end = 'close' }) {
     const stream = await peer.dialProtocol(multiaddr(addr), protocol)
     let received = 0
     let ended = 'open'
     stream.addEventListener('message', ({ data }) => { received += data.byteLength })
-    const over = new Promise(resolve => stream.addEventListener('close', ({ error }) => {
-      ended = error === undefined ? 'closed' : 'reset'
-      resolve()
-    }))
+    stream.addEventListener('close', ({ error }) => { ended = error === undefined ? 'closed' : 'reset' })
     try {
       for (const piece of data) {
         if (!stream.send(Buffer.from(piece, 'hex'))) await stream.onDrain({ signal: patience() })
       }
       if (end === 'close') await stream.close({ signal: patience() })
       if (end === 'abort') stream.abort(new Error('half a message is all that there is'))
-      if (end !== 'leave') await over
     } catch (error) {
       ended = error.name
     }
