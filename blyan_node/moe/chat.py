@@ -34,6 +34,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 # Methods and filters whose result is as long as a number says.
 _WIDENING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
 _WIDENING_FILTERS = ("center", "format", "indent", "wordwrap", "batch", "slice")
+_RANDOM_FILTERS, _RANDOM = ("random",), ("lipsum",)  # a prompt has one form, wherever it is made
 
 
 class _Exhausted(Exception):
@@ -58,8 +59,10 @@ class ChatTemplate:
         """Compiles `source`; raises `Refused` (BAD_MODEL) if it is no template."""
         extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        for name in _WIDENING_FILTERS:
+        for name in (*_WIDENING_FILTERS, *_RANDOM_FILTERS):
             del environment.filters[name]
+        for name in _RANDOM:
+            del environment.globals[name]
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = TEMPLATE_DATE.strftime

@@ -170,7 +170,8 @@ class Holding:
                     self._store.packs.drop(block)
 
         if gone:
-            await trio.to_thread.run_sync(clear, limiter=self._limiter)
+            with trio.CancelScope(shield=True):  # who else would know of them? A few files
+                await trio.to_thread.run_sync(clear, limiter=self._limiter)
             self.changes.tell()
 
     def _let_go(self, size: int, reason: Reason) -> None:

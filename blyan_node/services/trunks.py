@@ -82,8 +82,7 @@ class Trunks:
         finally:
             loaded.users -= 1
             self._let_idle_go(0, idle_trunks_max)
-            with trio.CancelScope(shield=True):  # a few files are deleted
-                await self._clear()
+            await self._clear()
 
     async def _load(self, description: Description, parts: Parts, precision: Precision) -> Trunk:
         memory, blocks = self.holding.memory, frozenset(parts.values())
@@ -157,4 +156,5 @@ class Trunks:
                 self.store.packs.drop(block)
 
         if gone:
-            await trio.to_thread.run_sync(clear, limiter=self._limiter)
+            with trio.CancelScope(shield=True):  # who else would know of them? A few files
+                await trio.to_thread.run_sync(clear, limiter=self._limiter)

@@ -91,6 +91,7 @@ def test_what_templates_use(source: str, expected: str) -> None:
          "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
         "{{ raise_exception('roles must alternate') }}", "{{ missing.attribute }}", "{{ 1 / 0 }}",
+        "{{ lipsum(n=1) }}",
     ],
 )  # fmt: skip
 def test_what_templates_cannot_do(source: str) -> None:
@@ -100,7 +101,9 @@ def test_what_templates_cannot_do(source: str) -> None:
     assert refusal.value.code is ErrorCode.BAD_INPUT
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ x | nothing }}", "{% include 'x' %", "{{"])
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ x | nothing }}", "{% include 'x' %", "{{", "{{ [1, 2] | random }}"]
+)
 def test_what_is_no_template(source: str) -> None:
     with pytest.raises(Refused, match="chat template") as refusal:
         ChatTemplate(source, {})

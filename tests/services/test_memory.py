@@ -185,6 +185,43 @@ async def test_what_is_dropped_leaves_no_pack_and_nothing_was_copied(
 
 
 @trio_test
+async def test_a_request_that_is_cancelled_leaves_nothing_behind_of_what_made_room(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        await t.ask()  # its trunk stays, and the experts that it needed
+        passing = {one.what.block for one in t.alice.holding.held()}
+        placed = next(block for n in range(4) if (block := t.expert(n)) in passing)
+        await t.alice.holding.keep(placed, Reason.PLACEMENT)
+        with trio.CancelScope() as scope, t.memory.cache(t.memory.budget):
+            scope.cancel()
+            await t.alice.holding.clear()
+        assert t.memory.free == t.memory.budget and not t.alice.holding.held()
+        assert Pin.HELD not in t.alice.store.pins.of(placed)
+        assert packs(t.alice).isdisjoint(map(cid_text, passing))
+
+
+@trio_test
+async def test_a_trunk_that_made_room_leaves_no_pack_if_the_next_is_given_up(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        await t.ask()
+        assert t.memory.make_room(t.memory.budget, Sort.PLACED) and packs(t.alice)
+        clear = t.alice.holding.clear
+
+        async def cancelled() -> None:
+            scope.cancel()
+            await clear()
+
+        monkeypatch.setattr(t.alice.holding, "clear", cancelled)
+        with trio.CancelScope() as scope:
+            await t.ask()
+        assert scope.cancelled_caught and t.memory.free == t.memory.budget
+        assert packs(t.alice) == set()
+
+
+@trio_test
 async def test_mxfp4_experts_take_what_they_take_on_the_disk(tmp_path: Path) -> None:
     path = make_mxfp4_checkpoint(tmp_path / "m", num_hidden_layers=2)
     async with told(path, tmp_path) as t:
