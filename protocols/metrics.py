@@ -23,14 +23,14 @@ LABELS: Mapping[str, str] = {
     "use": "`experts`, `trunks` or `caches`",
     "memory": "`anonymous` or `file`",
     "layer": f"the number of the layer, up to {LAYER_LABELS_MAX - 1}; `{BEHIND}` for all behind it",
-    "protocol": "one of the protocols that this node speaks, such as `/blyan/expert/1`; `/meshsub/1.1.0` is "
-    "gossip",
+    "protocol": "one of the protocols that this node speaks, such as `/blyan/expert/1`; "
+    "`/meshsub/1.1.0` is gossip",
     "direction": "`in` or `out`, as seen from this node",
     "cause": "`gone`, `timeout`, `malformed`, or `refused`",
     "code": "the name of an error of the RPC, such as `EXPERT_UNAVAILABLE`",
     "method": "a method of the RPC",
-    "outcome": "how an answer ended: `stop`, `length`, `cancelled`, `refused`, `failed` (a bug), or `forward`: "
-    "one pass over a prompt",
+    "outcome": "how an answer ended: `stop`, `length`, `cancelled`, `refused`, `failed` "
+    "(a bug), or `forward`: one pass over a prompt",
     "kind": "`prompt` or `new`",
     "fate": "`in`, `out`, `dropped` (too many at once) or `refused` (broke a rule)",
     "level": "`debug`, `info`, `warning`, `error` or `critical`",

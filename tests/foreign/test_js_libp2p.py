@@ -11,6 +11,8 @@ from blyan_node.bench.models import write_model
 from blyan_node.identity import load_identity
 from blyan_node.testing.daemons import Node, Testnet
 from blyan_node.testing.foreground import Foreground
+from protocols import hello
+from protocols.channel.frames import HEADER, FrameKind
 from protocols.dag.header import CHAIN_OF, Block, Header, Kind
 from protocols.ids import BlockId, ManifestId, NetworkId, Subject, cid, cid_text, parse_cid
 from protocols.tensors.manifest import Dtype
@@ -152,3 +154,21 @@ def test_the_dht_keeps_what_a_foreign_peer_provides(pair: Testnet, foreign: Make
     key = cid_text(cid(b"something that only a foreign peer has"))
     one.call("provide", cid=key)
     assert one.peer_id in other.call("providers", cid=key)["providers"]
+
+
+def test_a_foreign_peer_that_says_hello_is_a_peer(pair: Testnet, foreign: MakePeer) -> None:
+    """The bytes of docs/implementers.md, with the network of these daemons, from js-libp2p."""
+    alice = pair["alice"]
+    js = foreign("js", [alice.peer_id])
+    greeting = hello.hello_of(
+        NetworkId(parse_cid(alice("status")["network"])), "a name", version="0.1.0", role="gpu",
+        profile="example", summary=hello.HelloSummary(), addrs=[], peers=[],
+    )  # fmt: skip
+    message = hello.MESSAGES.encode(greeting)
+    frame = HEADER.pack(FrameKind.REQUEST, 1, len(message), len(message)) + message
+    js.call("raw", addr=alice.addrs[0], protocol=hello.PROTOCOL, data=[frame.hex()], end="leave")
+
+    def is_there() -> bool:
+        return js.peer_id in {peer["peer_id"] for peer in alice("peers")["peers"]}
+
+    alice.until("the foreign peer among the peers", is_there)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import nacl.secret
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from libp2p.custom_types import TProtocol
 
@@ -64,6 +64,7 @@ def lines(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if part in record.getMessage()]
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.binary(min_size=24, max_size=24), st.data())
 def test_the_cipher_is_that_of_libsodium(key: bytes, nonce: bytes, data: st.DataObject) -> None:
     """Its secretbox is XSalsa20 too: behind 32 bytes of the stream, and 16 of the tag."""

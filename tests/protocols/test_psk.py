@@ -3,7 +3,7 @@
 import base64
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
@@ -12,6 +12,7 @@ from protocols.psk import FILE_BYTES_MAX, fingerprint, parse_psk, psk_text
 KEY = bytes(range(32))
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 def test_a_key_is_read_as_it_was_written(key: bytes) -> None:
     assert parse_psk(psk_text(key).encode()) == key
@@ -44,6 +45,7 @@ def test_what_is_amiss_is_said(data: bytes, why: str) -> None:
         parse_psk(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_garbage_is_one_error(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="psk"):
