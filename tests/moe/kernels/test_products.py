@@ -75,10 +75,11 @@ def test_by_columns_a_matrix_has_the_bits_that_it_has_by_rows(
 ) -> None:
     random = np.random.default_rng(depth)
     x = torch.from_numpy(_rows(random, 5, depth))
-    x[3, ::2] = 0.0
+    x[3, ::2], x[4] = 0.0, 1e-30
     for outs in (1, 7, 8, 200, 401):
         weight = torch.from_numpy(_rows(random, outs, depth) * np.float32(1e-3)).to(dtype)
         weight[0, 0], weight[-1] = -0.0, -0.0
+        weight[outs // 2] = -1e-30  # of which x[4] makes -0, and padding 0 of that
         by_columns = weight.t().contiguous().t()
         for biases in (None, torch.from_numpy(_rows(random, 1, outs)[0])):
             matrix = Matrix.of(by_columns, biases=biases)
