@@ -23,6 +23,7 @@ _OPTIONS = (
     ("--root", "R", str),
     ("--precision", None, click.Choice(PRECISIONS)),
 )
+_EFFORTS = click.Choice(["low", "medium", "high"])
 C = TypeVar("C", bound=Any)
 
 
@@ -30,6 +31,8 @@ def answer_options(command: C) -> C:
     """Adds the options that say how an answer is made."""
     said = describe(RUN, "stop").removesuffix(".") + "; may be given several times."
     command = click.option("--stop", metavar="TEXT", multiple=True, help=said)(command)
+    said = describe(RUN, "reasoning_effort")
+    command = click.option("--reasoning-effort", type=_EFFORTS, help=said)(command)
     for name, metavar, kind in reversed(_OPTIONS):
         said = describe(RUN, name.removeprefix("--").replace("-", "_"))
         command = click.option(name, metavar=metavar, type=kind, help=said)(command)

@@ -2,7 +2,8 @@
 
 These are the names of `transformers`: `messages`, `tools` and `documents` (none here),
 `add_generation_prompt`, the special tokens, `raise_exception`, `strftime_now`, `dict`, the filter
-`tojson`, loop controls, and the tag `generation`, which only marks what was answered.
+`tojson`, loop controls, and the tag `generation`, which only marks what was answered; and if it is
+asked for, `reasoning_effort`.
 
 A template comes from whoever published the model. It sees the messages, the special tokens and a
 few pure functions; it cannot change what it is given or reach Python's objects. The lines that it
@@ -30,6 +31,7 @@ from protocols.errors import ErrorCode, Refused
 
 # What `strftime_now` says: the same on every node and on every day, so that a prompt has one form.
 TEMPLATE_DATE = datetime.datetime(2025, 1, 1)
+EFFORT = "reasoning_effort"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 # Methods and filters whose result is as long as a number says.
 _WIDENING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
@@ -68,13 +70,26 @@ class ChatTemplate:
         environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
         try:
             self._template = environment.from_string(source)
+            names = environment.parse(source).find_all(nodes.Name)
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
             refuse(f"chat template: {str(error)[:200]}")
         self._special = dict(special)
+        self._asks_effort = any(name.name == EFFORT for name in names)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt for the answer to `messages`; raises `Refused` (BAD_INPUT)."""
+    def render(self, messages: Sequence[Mapping[str, Any]], effort: str | None = None) -> str:
+        """The prompt for the answer to `messages`; raises `Refused` (BAD_INPUT).
+
+        `effort` is how long the model is to think, for a template that asks for it.
+        """
+        if effort is not None and not self._asks_effort:
+            raise Refused(
+                ErrorCode.BAD_INPUT,
+                f"no {EFFORT}",
+                "this model's chat template does not ask for it",
+                "Leave it out.",
+            )
         values = {
+            **({} if effort is None else {EFFORT: effort}),
             **self._special,
             "messages": list(messages),
             "tools": None,

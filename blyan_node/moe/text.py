@@ -42,10 +42,11 @@ class Text:
         """The ids of a prompt, with what the tokenizer itself puts around it."""
         return self._encode(prompt, special=True)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], effort: str | None = None) -> list[int]:
         """The ids of a conversation that the model is to answer, by its chat template.
 
-        Raises `Refused`: BAD_INPUT if there is no template, or if it refuses these messages.
+        Raises `Refused`: BAD_INPUT if there is no template, if it refuses these messages, or if it
+        does not ask for an `effort`.
         """
         if self._template is None:
             raise Refused(
@@ -54,7 +55,7 @@ class Text:
                 "this model has no chat template",
                 "Give the prompt as plain text",
             )
-        return self._encode(self._template.render(messages), special=False)
+        return self._encode(self._template.render(messages, effort), special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens."""

@@ -50,6 +50,7 @@ class Chat(msgspec.Struct, tag=True, frozen=True):
     """The ids of a conversation, by the chat template; answered with `Ids`."""
 
     messages: list[dict[str, Any]]
+    effort: str | None = None
 
 
 class Decode(msgspec.Struct, tag=True, frozen=True):
@@ -147,7 +148,7 @@ def _answer(text: Text, request: Encode | Chat | Decode) -> Ids | Decoded:
     if isinstance(request, Encode):
         return _ids(text.encode(request.prompt))
     if isinstance(request, Chat):
-        return _ids(text.chat(request.messages))
+        return _ids(text.chat(request.messages, request.effort))
     texts = [text.decode(part) for part in request.parts]
     if sum(map(len, texts)) * 4 > limits.text_answer_bytes_max // 2:
         raise too_much("too many characters to say a few tokens")

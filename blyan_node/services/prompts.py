@@ -75,7 +75,7 @@ async def _prompt(request: GenerateRequest, text: TextProcess | None) -> Sequenc
     assert text is not None
     messages = _messages(request)
     if messages is not None:
-        ids = await text.chat(messages)
+        ids = await text.chat(messages, request.reasoning_effort)
     else:
         assert request.prompt is not None
         ids = await text.encode(request.prompt)

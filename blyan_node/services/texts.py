@@ -64,9 +64,12 @@ class TextProcess:
         """The ids of a prompt."""
         return (await self._ask(Encode(prompt), Ids)).ids
 
-    async def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], effort: str | None = None
+    ) -> Sequence[int]:
         """The ids of a conversation that the model is to answer."""
-        return (await self._ask(Chat([dict(message) for message in messages]), Ids)).ids
+        asked = Chat([dict(message) for message in messages], effort)
+        return (await self._ask(asked, Ids)).ids
 
     async def decode(self, *parts: Sequence[int]) -> Sequence[str]:
         """The texts of some lists of ids."""

@@ -97,6 +97,13 @@ class GenerateRequest(Request, frozen=True):
     root: RootText | None = None
     precision: Demanded | None = None
     chat: Annotated[bool, Meta(description="Put the prompt into the model's chat template")] = False
+    reasoning_effort: (
+        Annotated[
+            Literal["low", "medium", "high"],
+            Meta(description="How long the model is to think, if its chat template asks for it"),
+        ]
+        | None
+    ) = None
     ignore_eos: Annotated[bool, Meta(description="Go on after the model's stop tokens")] = False
 
     def __post_init__(self) -> None:
@@ -105,6 +112,8 @@ class GenerateRequest(Request, frozen=True):
             raise ValueError("exactly one of `prompt`, `prompt_ids` and `messages` is needed")
         if self.chat and self.prompt_ids is not None:
             raise ValueError("`chat` needs a `prompt` of text")
+        if self.reasoning_effort is not None and not (self.chat or self.messages):
+            raise ValueError("`reasoning_effort` needs `chat` or `messages`")
 
 
 class Token(Result, frozen=True):

@@ -119,6 +119,13 @@ def test_a_model_that_thinks(talkers: Testnet) -> None:
     assert answer["sampling"]["top_k"] == 2
 
 
+def test_a_model_is_told_how_long_to_think(talkers: Testnet) -> None:
+    alice, high = talkers["alice"], ("hello", "--chat", "--reasoning-effort", "high")
+    assert alice("generate", "--model", "thinker", *high, "--max-tokens", 1)["finish"] == "length"
+    error = alice("generate", "--model", "plain", *high, code=1)["error"]
+    assert "does not ask for it" in error["data"]["why"]
+
+
 def test_the_seed_decides_wherever_the_experts_are(talkers: Testnet) -> None:
     """On a main node whose experts are elsewhere, and on one that computes some itself."""
     ask = (

@@ -64,21 +64,23 @@ def one_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
 
 
-def theirs(source: str, messages: list[dict[str, str]]) -> list[int] | None:
+def theirs(source: str, messages: list[dict[str, str]], **values: str) -> list[int] | None:
     """The ids, None if the template refuses."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     try:
         ids: list[int] = fast.apply_chat_template(
-            messages, chat_template=source, add_generation_prompt=True, return_dict=False
+            messages, chat_template=source, add_generation_prompt=True, return_dict=False, **values
         )
     except Exception:  # whatever the template raised
         return None
     return ids
 
 
-def ours(source: str, messages: list[dict[str, str]]) -> list[int] | None:
+def ours(
+    source: str, messages: list[dict[str, str]], effort: str | None = None
+) -> list[int] | None:
     settings = b'{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}'
     text = Text(
         {
@@ -88,7 +90,7 @@ def ours(source: str, messages: list[dict[str, str]]) -> list[int] | None:
         }
     )
     try:
-        return text.chat(messages)
+        return text.chat(messages, effort)
     except Refused as refused:
         assert refused.code is ErrorCode.BAD_INPUT
         return None
@@ -129,3 +131,17 @@ def test_the_thoughts_of_earlier_answers_are_left_out() -> None:
             source, [USER, {"role": "assistant", "content": "\n\nThree."}, AGAIN]
         )  # fmt: skip
         assert with_thought == expected
+
+
+@pytest.mark.parametrize("effort", ["low", "high"])
+def test_gpt_oss_is_told_how_long_to_think(effort: str) -> None:
+    source = (TEMPLATES / "gpt_oss.jinja").read_text()
+    told = ours(source, [USER], effort)
+    assert told == theirs(source, [USER], reasoning_effort=effort)
+    assert told is not None and told != ours(source, [USER])
+
+
+def test_a_template_that_asks_for_no_effort_is_told_of_none() -> None:
+    source = (TEMPLATES / "qwen3_moe.jinja").read_text()
+    assert ours(source, [USER]) is not None
+    assert ours(source, [USER], "high") is None
