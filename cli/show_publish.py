@@ -46,7 +46,10 @@ def dry_run(document: dict[str, Any]) -> None:
             ("would store", None if new is None else f"{size(new)} in {document['blocks']} blocks"),
             ("would reuse", None if reused is None else size(reused)),
             ("room", f"{size(document['room_bytes'])}: it fits"),
-            ("would take", None if seconds is None else f"{seconds:.1f} s ({', '.join(rates)})"),
+            (
+                "would take",
+                None if seconds is None else f"about {seconds:.1f} s ({', '.join(rates)})",
+            ),
         ]
     )
     if new is None:

@@ -64,7 +64,7 @@ def one_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
 
 
-def theirs(source: str, messages: list[dict[str, str]], **values: str) -> list[int] | None:
+def theirs(source: str, messages: list[dict[str, str]], **values: Any) -> list[int] | None:
     """The ids, None if the template refuses."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"

@@ -15,6 +15,7 @@ from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.publishing import publishing, rows
 from blyan_node.testing.trio_tests import trio_test
 from protocols import limits
+from storage.errors import DiskFull
 from storage.fsck import check
 from storage.store import Store, open_store
 
@@ -196,3 +197,13 @@ async def test_a_disk_that_takes_no_sample_gives_no_estimate(tmp_path) -> None:
     found = Rehearsal(None, "n", 3, 1, 6_000, 0, 6_000, 10**9, seconds=2.0)
     pace = await estimate(found, tmp_path / "not there")
     assert (pace.seconds, pace.read_bytes_per_s) == (None, 3_000)
+
+
+@trio_test
+async def test_a_store_that_is_full_gives_no_estimate(tmp_path, monkeypatch) -> None:
+    def full(*_: Any) -> float:
+        raise DiskFull("the disk is full", "nothing was stored")
+
+    monkeypatch.setattr("blyan_node.services.estimate.write_rate", full)
+    found = Rehearsal(None, "n", 3, 1, 6_000, 0, 6_000, 10**9, seconds=2.0)
+    assert (await estimate(found, tmp_path)).seconds is None

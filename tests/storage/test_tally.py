@@ -3,12 +3,15 @@
 import random
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols import limits
 from protocols.tensors.manifest import Dtype
-from storage.pace import write_rate
+from storage.chunks import Chunks
+from storage.errors import DiskFull
+from storage.pace import FOLDER, write_rate
 from storage.store import open_store
 from storage.tally import Tally
 
@@ -41,14 +44,31 @@ def _pieces(seed: int, size: int) -> list[bytes]:
     return [data[at : at + 100_000] for at in range(0, size, 100_000)]
 
 
-def test_the_pace_of_the_disk(tmp_path: Path) -> None:
-    seen: list[list[Path]] = []
+def test_the_pace_of_a_store(tmp_path: Path) -> None:
+    """Between the two looks at the clock the engine takes every byte; nothing of it stays."""
+    left = tmp_path / FOLDER / "chunks"
+    left.mkdir(parents=True)
+    (left / "of a process that was killed").touch()
+    seen: list[int] = []
     ticks = iter((10.0, 12.0))
 
     def clock() -> float:
-        seen.append(list(tmp_path.iterdir()))
+        files = (path for path in tmp_path.rglob("*") if path.is_file())
+        seen.append(sum(path.stat().st_size for path in files))
         return next(ticks)
 
     size = 9 * limits.MIB + 7
     assert write_rate(tmp_path, size, clock) == size / 2
-    assert seen == [[], []], "the file has a name"
+    before, after = seen
+    assert before < limits.MIB and after - before > size
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pace_that_cannot_be_measured_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("the disk is full", "nothing was stored")
+
+    monkeypatch.setattr(Chunks, "make_sure_of_room", full)
+    with pytest.raises(DiskFull):
+        write_rate(tmp_path, limits.MIB)
+    assert not list(tmp_path.iterdir())
