@@ -4,11 +4,17 @@ The daemon sends `Open`, then `Look`, then any number of `Get`; each is answered
 sent. `Got` is not an answer, but a sign of life on the way to one.
 """
 
+import re
 from typing import Any
 
 import msgspec
 
+from protocols import limits
+
 LENGTH_BYTES = 4
+_SEPARATORS = frozenset("/\\\0")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):
@@ -44,19 +50,36 @@ class Get(msgspec.Struct, tag=True, frozen=True):
 
 
 class HubFile(msgspec.Struct, frozen=True):
-    """One file of a commit; `hash` is the SHA-256 of its bytes, or git's SHA-1 of it as a blob."""
+    """One file of a commit; `hash` is the SHA-256 of its bytes, or git's SHA-1 of it as a blob.
+
+    Name and hash become names in a folder of ours: raises `ValueError` for what is more than that.
+    """
 
     name: str
     size: int
     hash: str
 
+    def __post_init__(self) -> None:
+        shown = repr(self.name)[:80]
+        if self.name in ("", ".", "..") or not _SEPARATORS.isdisjoint(self.name):
+            raise ValueError(f"{shown} is no name of a file in its folder")
+        if not 0 <= self.size <= limits.hub_file_bytes_max or not _HASH.fullmatch(self.hash):
+            raise ValueError(f"{shown} has no size or hash")
+
 
 class Listing(msgspec.Struct, tag=True, frozen=True):
-    """The files in the root folder of a commit; `private` if not everybody may read them."""
+    """The files in the root folder of a commit; `private` if not everybody may read them.
+
+    Raises `ValueError` for a commit that is not git's.
+    """
 
     commit: str
     private: bool
     files: list[HubFile]
+
+    def __post_init__(self) -> None:
+        if not _COMMIT.fullmatch(self.commit):
+            raise ValueError(f"{self.commit[:80]!r} is no commit")
 
 
 class Got(msgspec.Struct, tag=True, frozen=True):

@@ -131,18 +131,22 @@ class _Response:
 
     def pieces(self) -> Iterator[bytes]:
         """Its bytes as they come."""
-        pieces: Iterator[bytes] = self._response.iter_bytes()
+        pieces: Iterator[bytes] = self._response.iter_raw()  # as asked for, not unpacked
         return pieces
 
 
 def _file(entry: Any) -> HubFile:
     """A file of the library's listing."""
     lfs = entry.lfs
-    file = HubFile(entry.path, entry.size, entry.blob_id if lfs is None else lfs.sha256)
-    whole = type(file.size) is int and 0 <= file.size <= limits.hub_file_bytes_max
-    if not whole or len(file.hash) not in (40, 64):
-        raise ValueError(f"{entry.path!r} has no size or hash")
-    return file
+    plain = {
+        "name": entry.path,
+        "size": entry.size,
+        "hash": entry.blob_id if lfs is None else lfs.sha256,
+    }
+    try:
+        return msgspec.convert(plain, HubFile)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{str(entry.path)[:80]!r} has no size or hash: {error}") from None
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Exporting: a model, at its heads or at any root it ever had, as a Hugging Face directory."""
 
+import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +69,14 @@ class Export:
         try:
             written = write_checkpoint(out, config, files, reading.describe, reading.read)
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise Refused(
-                ErrorCode.DISK_FULL,
+                ErrorCode.DISK_FULL if full else ErrorCode.BAD_INPUT,
                 f"{out} was not written",
                 error.strerror or str(error),
-                "Remove what is there, free some space, and export again.",
+                "Remove what is there, free some space, and export again."
+                if full
+                else "Remove what is there, and give a folder that the node may write to.",
                 {"path": str(out)},
             ) from error
         reading.end()

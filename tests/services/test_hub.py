@@ -264,6 +264,12 @@ async def test_another_commit_reuses_what_is_the_same(alice, server, files) -> N
 
 
 Case = namedtuple("Case", "text fault code why")
+
+
+def _tree(name: str, oid: str) -> bytes:
+    return f'[{{"type":"file","path":"{name}","size":7,"oid":"{oid}"}}]'.encode()
+
+
 MISSING = [
     Case("hf:acme/none", {}, ErrorCode.NOT_FOUND, "knows no such model.*HF_TOKEN"),
     Case(f"{NAME}@v9", {}, ErrorCode.NOT_FOUND, "no such revision"),
@@ -277,6 +283,16 @@ MISSING = [
          ErrorCode.HUB_FAILED, "cannot be used"),
     Case(NAME, {"tree": Fault(body=b'[{"type":"file","path":"config.json","size":"x","oid":"1"}]')},
          ErrorCode.HUB_FAILED, "no size or hash"),
+    *(
+        Case(NAME, {"tree": Fault(body=_tree(name, oid))}, ErrorCode.HUB_FAILED, why)
+        for name, oid, why in (
+            ("../../secret", "0" * 40, "no name of a file"),
+            ("..", "0" * 40, "no name of a file"),
+            ("a\\\\b", "0" * 40, "no name of a file"),
+            ("LICENSE", "../" * 13 + "x", "no size or hash"),
+            ("LICENSE", "A" * 40, "no size or hash"),
+        )
+    ),
     Case(NAME, {"tree": Fault(body=b"[]")}, ErrorCode.BAD_MODEL, "has no config.json"),
     Case(NAME, {"info": Fault(status=418)}, ErrorCode.HUB_FAILED, "status 418"),
     Case(NAME, {SHARD: Fault(size=60_000)}, ErrorCode.HUB_FAILED, SHARD),
@@ -296,6 +312,8 @@ async def test_what_the_hub_cannot_or_should_not_say(alice, server, processes, c
     """Refused by name; nothing is stored, and no process is left."""
     text, faults, code, why = MISSING[case]
     server.faults |= faults
+    secret = alice.folder.parent / "secret"
+    secret.write_text("decoy\n\n")
     before = rows(alice.store)
     with pytest.raises(Refused, match=why) as refused:
         await alice(text)
@@ -303,6 +321,7 @@ async def test_what_the_hub_cannot_or_should_not_say(alice, server, processes, c
     assert rows(alice.store) == before
     assert [pid for pid in processes if alive(pid)] == []
     assert not list(alice.folder.glob("*/*.safetensors"))
+    assert secret.read_text() == "decoy\n\n"
 
 
 @trio_test

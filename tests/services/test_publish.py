@@ -1,5 +1,7 @@
 """Publishing, updating, exporting and verifying over a store alone."""
 
+import errno
+import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -355,3 +357,23 @@ async def test_an_export_never_mixes_with_what_is_there(store, tiny, tmp_path) -
     with pytest.raises(Refused, match="nobody is there"):
         await alice.export.export(first.model, tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+@trio_test
+async def test_an_export_says_whether_the_disk_or_the_place_is_at_fault(
+    store, tiny, tmp_path, monkeypatch
+) -> None:
+    alice = node(store)
+    first = await alice.publish.publish(tiny, "tiny")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(Refused, match=r"Not a directory.*may write to") as place:
+        await alice.export.export(first.model, tmp_path / "file" / "out")
+    assert place.value.code is ErrorCode.BAD_INPUT
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("blyan_node.services.export.write_checkpoint", full)
+    with pytest.raises(Refused, match=r"No space left.*free some space") as disk:
+        await alice.export.export(first.model, tmp_path / "out")
+    assert disk.value.code is ErrorCode.DISK_FULL
