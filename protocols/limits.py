@@ -195,6 +195,7 @@ hedge_latencies = 4
 hedge_budget_max = 8.0
 hedge_budget_per_message = 0.1
 suspect_s = 10.0
+link_half_life_s = 5.0  # of what was measured of a peer
 links_max = 1_024
 busy_backoff_s = 0.02
 busy_s_max = 10.0

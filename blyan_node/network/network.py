@@ -62,6 +62,7 @@ class Network:
         self._listen = [parse_listen(addr) for addr in config.listen]
         self._book = AddressBook(self.peer_id, Random(config.seed))
         self._know(config.bootstrap)
+        self._leaving = False
         self._members = members = Membership(self.peer_id, self.counters, self._book)
         members.allowed = config.allowed_peers
         self._host = build_host(identity, members, Announced(config.announce), config.psk)
@@ -102,8 +103,8 @@ class Network:
 
     @property
     def addrs(self) -> list[str]:
-        """Where others can reach us."""
-        return [str(addr) for addr in self._host.get_addrs()]
+        """Where others can reach us; nowhere once we leave: a closed listener has no address."""
+        return [] if self._leaving else [str(addr) for addr in self._host.get_addrs()]
 
     def add_bootstrap(self, addresses: Iterable[str]) -> None:
         """Knows and dials these nodes from now on; raises `RemoteProtocolError` for a bad one."""
@@ -263,6 +264,7 @@ class Network:
             self._swarm.forget_all_but(self._providers.routing_peers())
 
     async def _goodbye(self) -> None:
+        self._leaving = True
         self._members.stop()
         with trio.move_on_after(close_s_max / 2):
             await self._swarm.stop_listening()

@@ -4,7 +4,8 @@
 back, and `row_s`, what each further row adds. `choose` shares the rows of one layer out so that the
 slowest reply is expected soonest; a peer that already gets a message of this layer costs nothing
 more than its rows, so messages stay few. A peer that failed or was late is the last choice for a
-while. Everything is decided from the arguments: no clock, no randomness.
+while. What was measured long ago counts for less and less, so that a peer which was slow once is
+tried again. Everything is decided from the arguments: no clock, no randomness.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,17 +19,27 @@ SMALL_ROWS = 8  # a message of at most this many rows tells about `base_s`
 BASE_S = 0.02  # before anything has been measured
 ROW_S = 0.001
 MESSAGE_S = 0.0002  # what sending one message more costs the sender
-WEIGHT = 0.2  # of a new measurement in the moving average
+WEIGHT = 0.2  # of a new measurement in the moving average, while the last one is fresh
 
 
 @dataclass(slots=True)
 class Link:
-    """What is known of one peer. `suspect_until` is in the clock of `now`."""
+    """What is known of one peer; times are in the clock of `now`."""
 
     base_s: float = BASE_S
     row_s: float = ROW_S
     rows_in_flight: int = 0
     suspect_until: float = 0.0
+    measured_at: float | None = None
+
+    def remembered(self, now: float) -> float:
+        """How much of what was measured counts at `now`: 1 at once, half a half-life later."""
+        age = 0.0 if self.measured_at is None else max(0.0, now - self.measured_at)
+        return float(2.0 ** (-age / limits.link_half_life_s))
+
+    def row_s_at(self, now: float) -> float:
+        """`row_s` on its way back to what it is before anything has been measured."""
+        return ROW_S + (self.row_s - ROW_S) * self.remembered(now)
 
 
 class Work(Protocol):
@@ -83,15 +94,24 @@ class Links:
         link = self.link(peer)
         link.rows_in_flight = max(0, link.rows_in_flight - rows)
 
-    def measured(self, peer: PeerId, rows: int, elapsed_s: float) -> None:
-        """A good reply took `elapsed_s`."""
+    def chosen_s(self, peer: PeerId, rows: int, now: float) -> float:
+        """The same for a choice: the longer nothing was measured, the sooner `peer` is tried."""
         link = self.link(peer)
-        link.suspect_until = 0.0
+        return link.base_s * link.remembered(now) + link.row_s_at(now) * (
+            rows + link.rows_in_flight
+        )
+
+    def measured(self, peer: PeerId, rows: int, elapsed_s: float, now: float) -> None:
+        """A good reply took `elapsed_s`, and came at `now`."""
+        link = self.link(peer)
+        weight = 1 - (1 - WEIGHT) * link.remembered(now)
+        link.row_s = link.row_s_at(now)
+        link.suspect_until, link.measured_at = 0.0, now
         if rows <= SMALL_ROWS:
-            link.base_s += WEIGHT * (elapsed_s - link.base_s)
+            link.base_s += weight * (elapsed_s - link.base_s)
         else:
             per_row = max(0.0, elapsed_s - link.base_s) / rows
-            link.row_s += WEIGHT * (per_row - link.row_s)
+            link.row_s += weight * (per_row - link.row_s)
 
     def suspect(self, peer: PeerId, now: float) -> None:
         """`peer` failed or was late: it is the last choice for `limits.suspect_s`."""
@@ -130,7 +150,7 @@ def choose(
 
         def cost(peer: PeerId, more: int = len(need.rows)) -> tuple[bool, float, PeerId]:
             extra = 0.0 if peer in rows else MESSAGE_S
-            done_s = links.expected_s(peer, rows.get(peer, 0) + more) + extra
+            done_s = links.chosen_s(peer, rows.get(peer, 0) + more, now) + extra
             return (links.suspected(peer, now), done_s, peer)
 
         peer = min(peers, key=cost)

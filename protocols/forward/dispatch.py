@@ -106,7 +106,7 @@ class Dispatch:
         A reply counts once: an unknown ticket is our bug.
         """
         entry = self._close(ticket)
-        self._links.measured(entry.send.peer, entry.send.rows, now - entry.at)
+        self._links.measured(entry.send.peer, entry.send.rows, now - entry.at, now)
         served = tuple(need for need in entry.send.needs if need in self._unsettled)
         self._unsettled.difference_update(served)
         self._waiting = [need for need in self._waiting if need in self._unsettled]

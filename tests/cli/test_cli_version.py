@@ -18,7 +18,7 @@ ONE, TWO = "1" * 40, "2" * 40
 STATUS = messages.StatusResult(
     peer_id="12D3", role="main", network="bafk", version="9.8.7", commit=TWO, addrs=[], peers=0,
     blocks=0, models=0, held=messages.Held(experts=0, bytes=0), stored_bytes=0, syncing=None,
-    profile="cpu-f32",
+    profile="cpu-f32", precision="as-published",
 )  # fmt: skip
 
 

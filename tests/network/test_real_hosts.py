@@ -79,6 +79,15 @@ async def running(*nets: Network) -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
+@trio_test
+async def test_who_leaves_has_no_address() -> None:
+    """A greeting that is still under way then asks for them."""
+    alice = node(1)
+    async with running(alice):
+        assert len(alice.addrs) == 1
+    assert alice.addrs == []
+
+
 @asynccontextmanager
 async def pair() -> AsyncIterator[tuple[Network, Network, trio.Nursery]]:
     alice = node(1)
