@@ -37,7 +37,7 @@ class Terminal:
             stderr=theirs,
             start_new_session=True,
             preexec_fn=_take_terminal,  # what is typed as Ctrl-C is then a signal for it
-            env={**os.environ, "TERM": term, **env},
+            env={**_outside(), "TERM": term, **env},
         )
         os.close(theirs)
         self._raw = b""
@@ -114,6 +114,11 @@ class Terminal:
             data = b""
         self._raw += data
         return bool(data)
+
+
+def _outside() -> dict[str, str]:
+    """Our environment without the size of another terminal, which readline leaves to children."""
+    return {name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 def _take_terminal() -> None:

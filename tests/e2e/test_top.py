@@ -105,6 +105,7 @@ def test_colours_are_left_out_where_they_are_not_wanted(swarm: Testnet) -> None:
         assert not COLOURS.search(terminal.codes)
     with _top(swarm) as terminal:
         terminal.until("peers 3")
+        terminal.until("peers 3")  # the first frame is whole
         assert COLOURS.search(terminal.codes)
         terminal.press("q")
         assert terminal.ends() == 0
