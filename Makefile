@@ -11,8 +11,9 @@
 
 BIN := .venv/bin
 NAMES ?=
-# Two files at a time: a test file often waits for daemons. One file's tests stay together.
-WORKERS := -n 2 --dist loadfile
+# Two files at a time: a test file often waits for daemons. One file's tests stay together,
+# and files go in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHON
 
 .DEFAULT_GOAL := help
