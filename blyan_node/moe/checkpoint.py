@@ -18,6 +18,7 @@ from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.families import form_of_sources, layout, parse_config, sources
 from blyan_node.moe.generation_config import check_generation
 from blyan_node.moe.layout import Form, SubjectLayout, TensorLayout
+from blyan_node.moe.mtp import check_mtp_size, mtp_parts
 from blyan_node.moe.safetensors_file import (
     StoredTensor,
     read_header,
@@ -70,8 +71,12 @@ class Checkpoint:
         check_generation(files)
         tensors = _find_tensors(path)
         form = form_of_sources(config, tensors)
-        _check(config, form, tensors)
-        subjects = tuple(_there(part, tensors) for part in layout(config, form))
+        kept = mtp_parts(config, {name: one.shape for name, (_, one) in tensors.items()})
+        for part in kept:
+            check_mtp_size(part, {name: one.dtype for name, (_, one) in tensors.items()})
+        behind = {tensor.source for part in kept for tensor in part.tensors}
+        _check(config, form, {n: one for n, one in tensors.items() if n not in behind})
+        subjects = (*(_there(part, tensors) for part in layout(config, form)), *kept)
         by_name = {part.subject: part for part in subjects}
         return cls(path, config, files, subjects, tensors, by_name)
 
@@ -81,8 +86,8 @@ class Checkpoint:
         return sum(tensor.size for _, tensor in self._tensors.values())
 
     def describe(self, subject: Subject) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
-        """Type and shape of a subject's tensors by local name."""
-        tensors = self._by_name[subject].tensors
+        """Type and shape of a subject's tensors by local name; none of one that is not there."""
+        tensors = self._by_name[subject].tensors if subject in self._by_name else ()
         return {t.name: (self._tensors[t.source][1].dtype, t.shape) for t in tensors}
 
     def read(self, subject: Subject) -> Iterator[TensorSource]:
@@ -241,8 +246,8 @@ def _refuse_extra(name: str, layers: int) -> NoReturn:
     layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     if layer is not None and int(layer[1]) >= layers:
         refuse(
-            f"the tensor {name[:80]!a} is of a layer behind the {layers} of config.json: layers"
-            " that predict several tokens at once are not read",
+            f"the tensor {name[:80]!a} is of a layer behind the {layers} of config.json and those"
+            " that it counts as num_nextn_predict_layers",
             tensor=name,
         )
     refuse(f"the tensor {name[:80]!a} does not belong to this configuration", tensor=name)

@@ -170,6 +170,8 @@ class ModelConfig:
     rope: Rope
     tied: bool  # the head is the embedding
     eos: tuple[int, ...]
+    fp8: bool = False  # matrices but embedding, routers and head are stored as FP8 in blocks
+    mtp_layers: int = 0  # layers behind the last that predict further tokens; not computed
 
     def experts_of(self, layer: int) -> int:
         """How many experts a layer has for others to hold: 0 if it is dense."""

@@ -176,7 +176,7 @@ ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
         (_retensor(lambda t: t.update({"model.extra": torch.zeros(1)})), "'model.extra' does not"),
         (
             _retensor(lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(1)})),
-            "'model.layers.3.eh_proj.weight' is of a layer behind the 3 .* several tokens at once",
+            "'model.layers.3.eh_proj.weight' is of a layer behind the 3 .* num_nextn_predict",
         ),
         (_truncate, "bytes of tensors, but the header describes"),
         (lambda path: (path / "config.json").write_text("{"), "config.json"),
