@@ -212,7 +212,7 @@ HEAD = "lm_head.weight"
         (_reindex(lambda m: m.update({HEAD: "/etc/passwd"})), "no file name"),
         (_reindex(lambda m: m.update({HEAD: "pytorch_model.bin"})), "no file name"),
         (_reindex(lambda m: m.update({HEAD: 7})), "no file name"),
-        (_reindex(lambda m: m.pop(HEAD)), "lm_head.weight' is not in"),
+        (_reindex(lambda m: m.pop(HEAD)), "lm_head.weight' is nowhere by"),
         (_reindex(lambda m: m.update({"more": m[HEAD]})), "'more' is missing"),
         (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "weight_map"),
     ],
