@@ -75,6 +75,8 @@ def test_as_released_but_for_its_precision() -> None:
     assert {layer.attention for layer in config.layers} == {attention}
     assert (config.rope.factor, config.rope.attention_factor) == (40.0, 1.0)
     assert config.rope.score_factor == pytest.approx(1.3688879454113936**2)
+    assert config.context == config.positions_max == 163840
+    assert _parse(WIDENED | {"max_position_embeddings": 4096}).context == 163840
 
 
 def test_another_model_of_the_family() -> None:
