@@ -35,6 +35,7 @@ def dry_run(document: dict[str, Any]) -> None:
         if rate is not None
     ]
     seconds, download = document["seconds"], document["download_bytes"]
+    kept = document["kept_bytes"]
     pairs(
         [
             ("name", document["name"]),
@@ -42,6 +43,7 @@ def dry_run(document: dict[str, Any]) -> None:
             ("source", document["source"]),
             ("experts", document["experts"]),
             ("size", size(document["bytes"])),
+            ("never computed", f"{size(kept)} of it, kept and exported" if kept else None),
             ("to download", size(download) if download else None),
             ("would store", None if new is None else f"{size(new)} in {document['blocks']} blocks"),
             ("would reuse", None if reused is None else size(reused)),

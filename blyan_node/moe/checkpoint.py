@@ -30,7 +30,7 @@ from blyan_node.moe.safetensors_file import (
 )
 from blyan_node.moe.strict_json import parse_json, refuse
 from protocols import limits
-from protocols.ids import Subject
+from protocols.ids import Subject, parse_subject
 from protocols.tensors.manifest import Dtype
 
 SINGLE_FILE = "model.safetensors"
@@ -89,6 +89,16 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size for _, tensor in self._tensors.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Those of layers that are kept and never computed (`blyan_node.moe.mtp`)."""
+        return sum(
+            self._tensors[tensor.source][1].size
+            for part in self.subjects
+            if parse_subject(part.subject).kind == "mtp"
+            for tensor in part.tensors
+        )
 
     def describe(self, subject: Subject) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
         """Type and shape of a subject's tensors by local name; none of one that is not there."""
