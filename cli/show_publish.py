@@ -36,6 +36,9 @@ def dry_run(document: dict[str, Any]) -> None:
     ]
     seconds, download = document["seconds"], document["download_bytes"]
     kept = document["kept_bytes"]
+    takes = None if new is None else "not known: the disk had no room for a trial"
+    if seconds is not None:
+        takes = f"about {seconds:.1f} s ({', '.join(rates)})"
     pairs(
         [
             ("name", document["name"]),
@@ -48,10 +51,7 @@ def dry_run(document: dict[str, Any]) -> None:
             ("would store", None if new is None else f"{size(new)} in {document['blocks']} blocks"),
             ("would reuse", None if reused is None else size(reused)),
             ("room", f"{size(document['room_bytes'])}: it fits"),
-            (
-                "would take",
-                None if seconds is None else f"about {seconds:.1f} s ({', '.join(rates)})",
-            ),
+            ("would take", takes),
         ]
     )
     if new is None:
