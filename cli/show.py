@@ -141,11 +141,17 @@ def model(document: dict[str, Any]) -> None:
     table(
         ("subject", "size", "block", "tensors"),
         (
-            (name, size(subject["bytes"]), subject["block"], " ".join(subject["tensors"]))
+            (name, size(subject["bytes"]), subject["block"], _tensors(subject))
             for name, subject in document["subjects"].items()
         ),
         "",
     )
+
+
+def _tensors(subject: dict[str, Any]) -> str:
+    if subject["computed"]:
+        return " ".join(subject["tensors"])
+    return f"{len(subject['tensors'])} tensors, kept and exported but never computed"
 
 
 def verified(document: dict[str, Any]) -> None:

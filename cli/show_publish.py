@@ -35,6 +35,10 @@ def dry_run(document: dict[str, Any]) -> None:
         if rate is not None
     ]
     seconds, download = document["seconds"], document["download_bytes"]
+    kept = document["kept_bytes"]
+    takes = None if new is None else "not known: the disk had no room for a trial"
+    if seconds is not None:
+        takes = f"about {seconds:.1f} s ({', '.join(rates)})"
     pairs(
         [
             ("name", document["name"]),
@@ -42,14 +46,12 @@ def dry_run(document: dict[str, Any]) -> None:
             ("source", document["source"]),
             ("experts", document["experts"]),
             ("size", size(document["bytes"])),
+            ("never computed", f"{size(kept)} of it, kept and exported" if kept else None),
             ("to download", size(download) if download else None),
             ("would store", None if new is None else f"{size(new)} in {document['blocks']} blocks"),
             ("would reuse", None if reused is None else size(reused)),
             ("room", f"{size(document['room_bytes'])}: it fits"),
-            (
-                "would take",
-                None if seconds is None else f"about {seconds:.1f} s ({', '.join(rates)})",
-            ),
+            ("would take", takes),
         ]
     )
     if new is None:

@@ -86,15 +86,25 @@ def key_of(peer: str) -> PublicKey:
     raise RemoteProtocolError("peer id", f"{peer[:80]!r} is not the id of an Ed25519 key")
 
 
-SubjectKind = Literal["embed", "attention", "router", "expert", "shared", "mlp", "final", "head"]
+SubjectKind = Literal[
+    "embed", "attention", "router", "expert", "shared", "mlp", "final", "head", "mtp"
+]
 
 
 class SubjectName(msgspec.Struct, frozen=True):
-    """A subject taken apart; `layer` and `expert` are None where the kind has none."""
+    """A subject taken apart; `layer` and `expert` are None where the kind has none.
+
+    `mtp` is a layer that predicts further tokens: part of the model, and never computed.
+    """
 
     kind: SubjectKind
     layer: int | None = None
     expert: int | None = None
+
+    @property
+    def in_trunk(self) -> bool:
+        """Whether a main node computes with it, at every token."""
+        return self.expert is None and self.kind != "mtp"
 
     def __str__(self) -> str:
         if self.layer is None:
@@ -103,7 +113,7 @@ class SubjectName(msgspec.Struct, frozen=True):
 
 
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
-_LAYERED = re.compile(rf"layer{_NUMBER}\.(?:(attention|router|shared|mlp)|expert{_NUMBER})")
+_LAYERED = re.compile(rf"layer{_NUMBER}\.(?:(attention|router|shared|mlp|mtp)|expert{_NUMBER})")
 
 
 def parse_subject(text: str) -> SubjectName:

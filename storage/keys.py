@@ -15,7 +15,7 @@ from protocols.errors import LocalProtocolError
 from protocols.ids import Subject, SubjectKind, SubjectName, parse_subject
 
 _SUBJECT_KINDS: tuple[SubjectKind, ...] = (
-    "embed", "attention", "router", "expert", "shared", "mlp", "final", "head",
+    "embed", "attention", "router", "expert", "shared", "mlp", "final", "head", "mtp",
 )  # fmt: skip
 _SUBJECT = struct.Struct(">BII")
 SUBJECT_BYTES = _SUBJECT.size

@@ -7,6 +7,7 @@ beside it is torch's own product of each kind and a loop that only reads, all in
 import time
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ def measure() -> list[Row]:
 
 
 def _report(name: str, rows: int, taken: dict[str, float]) -> list[Row]:
-    size = STORAGES[name].bytes(SIDE * SIDE) + (SIDE * SIDE // 32 if name == "mxfp4" else 0)
+    grid, size = STORAGES[name].grid, STORAGES[name].bytes(SIDE * SIDE)
+    size += 0 if grid is None else grid.size * prod(grid.shape(SIDE, SIDE))
     peer = PEERS.get(name, EIGHT_BIT)
     others = [peer, *(n for n in (*PEERS.values(), EIGHT_BIT, PACKED) if n != peer)]
     beside = {n: SIDE * SIDE / taken[n] / 1e9 if n in taken else None for n in others}
@@ -96,8 +98,9 @@ def _ours(kernels: Kernels, name: str) -> Products:
         else:
             weights = torch.randint(0, 120, (length,), generator=random, dtype=torch.uint8)
         scales = None
-        if storage.scaled:
-            scales = torch.full((SIDE * SIDE // 32,), 120, dtype=torch.uint8)
+        if storage.grid is not None:
+            down, across = storage.grid.shape(SIDE, SIDE)
+            scales = torch.full((down, across * storage.grid.size), 60, dtype=torch.uint8)
         matrix = Matrix(name, (SIDE, SIDE), weights, block_scales=scales)
         products.append(partial(_product, kernels, matrix))
     return products

@@ -37,7 +37,7 @@ from blyan_node.hub.messages import (
     Whole,
     frame,
 )
-from blyan_node.hub.refusals import explained, is_passing
+from blyan_node.hub.refusals import explained, is_passing, require_token
 from blyan_node.hub.transfer import CutOff, transfer
 from protocols import limits
 from protocols.errors import Refused
@@ -61,7 +61,7 @@ class HubClient:
         }
         from huggingface_hub import HfApi
 
-        token: str | bool = os.environ.get("HF_TOKEN") or False
+        token: str | bool = os.environ.get("HF_TOKEN", "").strip() or False
         self._api = HfApi(endpoint=opened.endpoint, token=token, library_name="blyan-node")
         self._token = token
         self._repository = ""
@@ -72,6 +72,8 @@ class HubClient:
         """The commit that a revision is now, and the files of its root folder."""
         from huggingface_hub.hf_api import RepoFile
 
+        if self._token:
+            require_token(str(self._token))
         info = self._api.model_info(repository, revision=revision, timeout=self._opened.read_s)
         commit = str(info.sha)
         entries = self._api.list_repo_tree(repository, revision=commit)

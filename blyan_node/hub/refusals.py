@@ -9,6 +9,18 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _TOKEN = "If it is private or gated, start the node with a token of yours in HF_TOKEN."
 
 
+def require_token(token: str) -> None:
+    """Raises `Refused` for what cannot go into a header: the libraries would quote it whole."""
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            "nothing was asked of the hub",
+            "what HF_TOKEN has is no token: it has spaces, several lines or other letters",
+            "Start the node with a token as the hub shows it, or without HF_TOKEN.",
+            {"variable": "HF_TOKEN"},
+        )
+
+
 def is_passing(error: Exception) -> bool:
     """Whether the same request may go better a moment later."""
     status = _status(error)

@@ -170,6 +170,18 @@ class ModelConfig:
     rope: Rope
     tied: bool  # the head is the embedding
     eos: tuple[int, ...]
+    fp8: bool = False  # matrices but embedding, routers and head are stored as FP8 in blocks
+    mtp_layers: int = 0  # layers behind the last that predict further tokens; not computed
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a sequence, prompt and answer together.
+
+        `positions_max`, or what YaRN stretches the positions of the training to if that is more.
+        """
+        factor = self.rope.factor
+        stretched = 0 if factor is None else int(self.rope.original_positions * factor)
+        return max(self.positions_max, stretched)
 
     def experts_of(self, layer: int) -> int:
         """How many experts a layer has for others to hold: 0 if it is dense."""

@@ -7,7 +7,7 @@ from blyan_node.moe.kernels.library import Kernels
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.order import CONTRACT
 from blyan_node.moe.kernels.recording import Recording, Rows
-from blyan_node.moe.stored import Mxfp4, Scaled, Weight
+from blyan_node.moe.stored import Fp8Blocks, Mxfp4, Scaled, Weight
 
 # A matrix that is stored by columns is turned, so many outputs at a time, for that many rows.
 _TURNED_ROWS, _TURNED_OUTS = 12, 128
@@ -67,6 +67,11 @@ class ContractProduct:
         if isinstance(weight, Mxfp4):
             blocks, scales = weight.blocks, weight.scales
             self._matrix = Matrix("mxfp4", weight.shape, blocks, block_scales=scales, biases=bias)
+        elif isinstance(weight, Fp8Blocks):
+            codes, scales = weight.codes, weight.scales
+            self._matrix = Matrix(
+                "fp8_blocks", weight.shape, codes, block_scales=scales, biases=bias
+            )
         elif isinstance(weight, Scaled):
             self._matrix = Matrix.of(weight.codes, scales=weight.scales, biases=bias)
         else:

@@ -16,6 +16,7 @@ from blyan_node.moe.checkpoint import INDEX_FILE, SINGLE_FILE
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.families import form_of_names, layout, sources
 from blyan_node.moe.layout import TensorLayout
+from blyan_node.moe.mtp import mtp_part, mtp_subjects
 from blyan_node.moe.safetensors_file import header_bytes, write_whole
 from blyan_node.moe.strict_json import refuse
 from protocols.dag.header import Kind
@@ -89,10 +90,13 @@ def write_checkpoint(
 def _whole_tensors(config: ModelConfig, describe: Describe) -> list[_Whole]:
     first = next(part for part in layout(config) if part.kind is Kind.EXPERT)
     form = form_of_names(config, describe(first.subject))
+    kept = [(layer, describe(subject)) for layer, subject in mtp_subjects(config)]
+    behind = [mtp_part(n, {k: v[1] for k, v in names.items()}) for n, names in kept if names]
     shapes = sources(config, form)
+    shapes |= {tensor.source: tensor.shape for part in behind for tensor in part.tensors}
     parts: dict[str, list[tuple[Subject, str]]] = {}
     dtypes: dict[str, Dtype] = {}
-    for part in layout(config, form):
+    for part in (*layout(config, form), *behind):
         described = describe(part.subject)
         for tensor in part.tensors:
             if tensor.idle and tensor.name not in described:

@@ -11,7 +11,7 @@ first axis: a contiguous piece of the file. Only experts (and where the router l
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from blyan_node.moe.config import (
@@ -22,12 +22,16 @@ from blyan_node.moe.config import (
     ModelConfig,
     MoeFeed,
 )
+from blyan_node.moe.stored import FP8_BLOCK
 from protocols.dag.header import Kind
 from protocols.ids import Subject, expert_subject
 from protocols.tensors.manifest import Dtype
 
 FLOATS = (Dtype.F32, Dtype.BF16, Dtype.F16)
 PACKED = (Dtype.U8,)
+FP8 = (Dtype.F8_E4M3,)
+
+SCALE_SUFFIX = "_scale_inv"  # behind the name of a matrix of FP8 blocks: that of its scales
 
 Form = Literal["separate", "fused"]
 
@@ -258,3 +262,30 @@ def mxfp4(role: str, name: str, out: int, into: int) -> list[Local]:
         Local(f"{role}_blocks", f"{name}_blocks", blocks, dtypes=PACKED),
         Local(f"{role}_scales", f"{name}_scales", blocks[:2], dtypes=PACKED),
     ]
+
+
+def fp8_blocks(parts: Iterable[SubjectLayout]) -> list[SubjectLayout]:
+    """The same parts with matrices as FP8 (`blyan_node.moe.stored.Fp8Blocks`), as releases have it.
+
+    Embedding, routers and head stay what they are, and so does what is no matrix.
+    """
+    return [
+        replace(part, tensors=tuple(one for tensor in part.tensors for one in _fp8(tensor)))
+        if part.kind is not Kind.ROUTER and part.subject not in ("embed", "head")
+        else part
+        for part in parts
+    ]
+
+
+def _fp8(tensor: TensorLayout) -> tuple[TensorLayout, ...]:
+    if len(tensor.shape) != 2 or tensor.index is not None:
+        return (tensor,)
+    codes = replace(tensor, role=f"{tensor.role}_codes", dtypes=FP8)
+    scales = replace(
+        tensor,
+        role=f"{tensor.role}_scales",
+        name=tensor.name + SCALE_SUFFIX,
+        source=tensor.source + SCALE_SUFFIX,
+        shape=tuple(-(-size // FP8_BLOCK) for size in tensor.shape),
+    )
+    return codes, scales

@@ -6,7 +6,8 @@ rounded to nearest, ties to even. The definition is docs/precision.md.
 Only matrices are converted, and only to something narrower (`protocols.precision`). Norms, biases
 and sinks are small and stay. Routers stay because what they decide, which experts a token passes,
 is all or nothing; `kv_b` of latent attention stays because it is computed with from both sides,
-and a scale belongs to one.
+and a scale belongs to one. Published as FP8 with a scale for each block it becomes float32 in every
+precision: products by columns do not read that.
 """
 
 from collections.abc import Mapping
@@ -16,17 +17,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from blyan_node.moe.layout import FLOATS, SubjectLayout, TensorLayout
-from blyan_node.moe.stored import TILE_FLOATS, Mxfp4, Scaled, Weight
+from blyan_node.moe.layout import FLOATS, SCALE_SUFFIX, SubjectLayout, TensorLayout
+from blyan_node.moe.stored import TILE_FLOATS, Fp8Blocks, Mxfp4, Scaled, Weight, widened
 from blyan_node.moe.strict_json import refuse
 from blyan_node.moe.weights import Weights, by_role, copied_bytes, load_part, matrices
 from protocols.dag.header import Kind
 from protocols.precision import Precision, effective
-from protocols.tensors.manifest import DTYPE_BYTES, Dtype, Manifest
+from protocols.tensors.manifest import DTYPE_BYTES, Dtype, Manifest, TensorEntry
 
 LEAST_SCALE = 2.0**-126  # float32's least normal number: also the scale of a row of zeros
 _INT8_MOST, _FP8_MOST = 127.0, 448.0
 _SCALE_BYTES = 4
+_BOTH_SIDED = "kv_b"  # the role of latent attention's matrix that makes keys and values
 _TARGETS: Mapping[Precision, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -50,7 +52,7 @@ class HeldPart:
 
     @property
     def storage(self) -> str:
-        """How the matrices lie: `int8`, `mxfp4`, `bfloat16`."""
+        """How the matrices lie: `int8`, `mxfp4`, `fp8_blocks`, `bfloat16`."""
         found = {_storage(one) for one in self.tensors.values() if len(one.shape) == 2}
         return "+".join(sorted(found))
 
@@ -71,18 +73,29 @@ def hold(
     ]
     if not narrow:
         held = matrices(tensors)
-        return HeldPart(held, _bytes(held), copied_bytes(loaded, given), False)
+        widened_bytes = _widen_both_sided(held)
+        copied = copied_bytes(loaded, given) + widened_bytes
+        return HeldPart(held, _bytes(held), copied, False)
     names = {tensor.role: f"{part.subject}: {tensor.name}" for tensor in narrow}
-    held = {
-        role: convert(tensor, precision, names[role]) if role in names else tensor.clone()
-        for role, tensor in tensors.items()
-    }
+    kept = matrices({role: one.clone() for role, one in tensors.items() if role not in names})
+    _widen_both_sided(kept)
+    held = kept | {role: convert(tensors[role], precision, names[role]) for role in names}
     return HeldPart(held, _bytes(held), _bytes(held), True)
+
+
+def _widen_both_sided(held: dict[str, Weight]) -> int:
+    """Makes float32 of a `kv_b` that is FP8 in blocks; how many bytes that takes."""
+    both = held.get(_BOTH_SIDED)
+    if not isinstance(both, Fp8Blocks):
+        return 0
+    held[_BOTH_SIDED] = widened(both)
+    return 4 * both.codes.numel()
 
 
 def converts(part: SubjectLayout, tensor: TensorLayout, dtype: Dtype, precision: Precision) -> bool:
     """Whether a tensor that is stored as `dtype` is held in another type for `precision`."""
-    kept = part.kind is Kind.ROUTER or tensor.role == "kv_b" or tensor.idle
+    kept = part.kind is Kind.ROUTER or tensor.idle
+    kept = kept or tensor.role == _BOTH_SIDED or tensor.role.endswith("_scales")
     return not kept and narrows(tensor.shape, dtype, precision)
 
 
@@ -102,8 +115,10 @@ def part_bytes(part: SubjectLayout, manifest: Manifest, precision: Precision) ->
         if converts(part, tensor, entry.dtype, precision):
             channels = entry.shape[1 if tensor.transposed else 0]
             total += _converted_bytes(entry.shape, precision, channels)
-        else:
-            total += entry.size
+        elif tensor.role == f"{_BOTH_SIDED}_codes":
+            total += 4 * entry.size
+        elif tensor.role != f"{_BOTH_SIDED}_scales":
+            total += _held_bytes(entry)
     return total
 
 
@@ -111,10 +126,16 @@ def expert_bytes(manifest: Manifest, precision: Precision) -> int:
     """The most bytes that holding an expert takes, whatever its family calls its tensors."""
     return sum(
         _converted_bytes(entry.shape, precision, max(entry.shape))
-        if narrows(entry.shape, entry.dtype, precision)
-        else entry.size
+        if narrows(entry.shape, entry.dtype, precision) and not entry.name.endswith(SCALE_SUFFIX)
+        else _held_bytes(entry)
         for entry in manifest.tensors
     )
+
+
+def _held_bytes(entry: TensorEntry) -> int:
+    """What is not converted takes its size; scales of FP8 blocks are held as float32."""
+    scales = entry.name.endswith(SCALE_SUFFIX)
+    return prod(entry.shape) * _SCALE_BYTES if scales else entry.size
 
 
 def _converted_bytes(shape: tuple[int, ...], precision: Precision, channels: int) -> int:
@@ -131,12 +152,16 @@ def _bytes(tensors: Mapping[str, Weight]) -> int:
 def _pieces(weight: Weight) -> tuple[Tensor, ...]:
     if isinstance(weight, Scaled):
         return weight.codes, weight.scales
+    if isinstance(weight, Fp8Blocks):
+        return weight.codes, weight.scales
     return (weight.blocks, weight.scales) if isinstance(weight, Mxfp4) else (weight,)
 
 
 def _storage(weight: Weight) -> str:
     if isinstance(weight, Mxfp4):
         return "mxfp4"
+    if isinstance(weight, Fp8Blocks):
+        return "fp8_blocks"
     dtype = weight.codes.dtype if isinstance(weight, Scaled) else weight.dtype
     return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 

@@ -5,10 +5,13 @@ at inference (`strict_json.INERT`), required to have the one value that this cod
 refused by name. A field that nobody here has heard of is refused: it may change the mathematics.
 """
 
+import re
 from collections.abc import Sequence
+from typing import NoReturn
 
 from blyan_node.moe.config import GroupedAttention, LayerConfig, ModelConfig, Rope
 from blyan_node.moe.rope import natural_log
+from blyan_node.moe.stored import FP8_BLOCK
 from blyan_node.moe.strict_json import Fields, show, token_ids
 from protocols import limits
 
@@ -110,10 +113,45 @@ def refuse_quantised(fields: Fields) -> None:
     """Refuses, by its name, a quantisation that the family has not taken."""
     quantised = fields.nested("quantization_config")
     if quantised is not None:
-        method = quantised.take("quant_method", None)
-        fields.refuse(
-            "quantization_config", f"asks for {show(method)}, which is not read in this family"
-        )
+        _refuse_method(fields, quantised.take("quant_method", None))
+
+
+def _refuse_method(fields: Fields, method: object) -> NoReturn:
+    fields.refuse(
+        "quantization_config", f"asks for {show(method)}, which is not read in this family"
+    )
+
+
+# Modules that releases list as kept, and that are no matrices or never FP8 here.
+_KEPT = re.compile(r"(.*\.)?(lm_head|embed_tokens|gate|eh_proj|head|shared_head|\w*norm)")
+
+
+def read_fp8(fields: Fields) -> bool:
+    """Whether matrices are stored as FP8 with a scale for each 128 by 128 weights.
+
+    What was done to activations when a model was quantised is left out, as `transformers` leaves it
+    out when it widens the weights.
+    """
+    quantised = fields.nested("quantization_config")
+    if quantised is None:
+        return False
+    method = quantised.take("quant_method", None)
+    if method != "fp8":
+        _refuse_method(fields, method)
+    quantised.only("fmt", "e4m3", "e4m3")
+    quantised.only("weight_block_size", [FP8_BLOCK, FP8_BLOCK], [FP8_BLOCK, FP8_BLOCK])
+    quantised.only("activation_scheme", "dynamic", "dynamic")
+    if quantised.take("scale_fmt", "float") not in ("float", "ue8m0"):
+        quantised.refuse("scale_fmt", "is neither 'float' nor 'ue8m0'")
+    quantised.flag("dequantize", False)  # what `transformers` did when it loaded them
+    kept = quantised.take("modules_to_not_convert", None) or []
+    if not isinstance(kept, list):
+        quantised.refuse("modules_to_not_convert", f"is {show(kept)}, expected a list")
+    for one in kept:
+        if type(one) is not str or not _KEPT.fullmatch(one):
+            quantised.refuse("modules_to_not_convert", f"has {show(one)}, which is to be FP8")
+    quantised.check_rest()
+    return True
 
 
 def _rope(fields: Fields, theta: float, positions: int, mscale: bool) -> Rope:

@@ -33,6 +33,31 @@ class StoredTensor:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a file is known by: one that took its place, or was written to, has another."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        """That of the file at `path`, behind links; raises `Refused` (BAD_MODEL)."""
+        try:
+            found = path.stat()
+        except OSError as error:
+            refuse(f"{path.name}: {error.strerror or error}", path=str(path))
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def require_unchanged(path: Path, before: Stamp) -> None:
+    """Raises `Refused` (BAD_MODEL) if the file is not what it was."""
+    if Stamp.of(path) != before:
+        refuse(f"{path.name}: it was changed while it was read", path=str(path))
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name; raises `Refused` (BAD_MODEL) that names file and tensor."""
     refuse_special(path)

@@ -1,10 +1,10 @@
 """Weights in the precision in which they were published, widened to float32 while they are used.
 
-A matrix stays where it lies, in a mapped pack file: a tensor of its stored type, or `Mxfp4`. A
-product walks it in tiles; each tile is widened, exactly, into a buffer of the thread's own that is
-used again for the next one and so stays in the cache. float32 is not widened and not copied. What
-a tile may be, so that its products have the same bits as those of the whole, and how fast it is, is
-in docs/decisions/0006-weights-in-place.md.
+A matrix stays where it lies, in a mapped pack file: a tensor of its stored type, `Mxfp4` or
+`Fp8Blocks`. A product walks it in tiles; each tile is widened, exactly, into a buffer of the
+thread's own that is used again for the next one and so stays in the cache. float32 is not widened
+and not copied. What a tile may be, so that its products have the same bits as those of the whole,
+and how fast it is, is in docs/decisions/0006-weights-in-place.md.
 """
 
 import threading
@@ -20,6 +20,8 @@ TILE_ROWS = 64  # a tile has a multiple of these, or is the last
 
 BLOCK = 32  # values that share a scale
 SCALE_MAX = 240  # a greater one, above 2^113, is refused; so is 255, which is no number
+FP8_BLOCK = 128  # rows, and columns, of the weights that share a scale
+FP8_SCALE_MAX = 2.0**100
 _BOTH_NIBBLES = 0x0100_1000  # times a byte: each nibble in the upper 4 of 16 bits
 _SIGN_AND_VALUE = -0x71FF_7200  # 0x8E008E00: the bits of two halves that nibbles set
 _HALF_BIAS = 2.0**14  # a nibble's bits in a half are its value over this
@@ -53,6 +55,32 @@ class Mxfp4:
         out.view(-1, BLOCK).mul_(factors[:, None])
 
 
+class Fp8Blocks:
+    """A matrix [out, in] of FP8 (e4m3fn) of which 128 by 128 weights share a float32 scale.
+
+    `codes` is float8_e4m3fn [out, in], `scales` float32 [out / 128, in / 128], both rounded up. A
+    weight is its code's number times the scale of its block, rounded to float32.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        """Raises `Refused` (BAD_MODEL) for a scale that float32 cannot compute with."""
+        grid = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
+        assert codes.dtype == torch.float8_e4m3fn and scales.shape == grid
+        if not bool((scales.abs() <= FP8_SCALE_MAX).all()):
+            refuse(f"an FP8 scale is no number up to {FP8_SCALE_MAX:g}")
+        self.codes = codes
+        self.scales = scales
+        self.shape = (codes.shape[0], codes.shape[1])
+
+    def widen(self, first: int, last: int, out: Tensor) -> None:
+        """Writes the rows [first, last) into `out`, contiguous float32 [last - first, in]."""
+        out.copy_(self.codes[first:last])
+        for row in range(first // FP8_BLOCK, -(-last // FP8_BLOCK)):
+            begin, end = max(first, row * FP8_BLOCK), min(last, (row + 1) * FP8_BLOCK)
+            along = self.scales[row].repeat_interleave(FP8_BLOCK)[: self.shape[1]]
+            out[begin - first : end - first].mul_(along)
+
+
 class Scaled:
     """A matrix [out, in] of int8 or FP8 (e4m3fn) codes; a row's weights are its codes times scale.
 
@@ -73,7 +101,7 @@ class Scaled:
         out.copy_(self.codes[first:last])
 
 
-Weight = Tensor | Mxfp4 | Scaled
+Weight = Tensor | Mxfp4 | Fp8Blocks | Scaled
 
 # A scale's power of two, times what a nibble in a half is short of.
 _FACTORS = torch.tensor([2.0 ** (scale - 127) * _HALF_BIAS for scale in range(SCALE_MAX + 1)])
@@ -120,7 +148,7 @@ def tiles(weight: Weight, rows: int) -> Iterator[tuple[int, Tensor]]:
         step = max(1, count)
     for first in range(0, count, step):
         last = min(count, first + step)
-        if isinstance(weight, Mxfp4 | Scaled):
+        if isinstance(weight, Mxfp4 | Fp8Blocks | Scaled):
             tile = _scratch.tile(last - first, width)
             weight.widen(first, last, tile)
         elif in_place:
@@ -144,5 +172,5 @@ def rows_of(weight: Weight, numbers: Tensor) -> Tensor:
     if isinstance(weight, Scaled):
         codes = weight.codes.view(torch.uint8)[numbers].view(weight.codes.dtype)
         return codes.float().mul_(weight.scales[numbers, None])
-    assert isinstance(weight, Tensor), "no family looks rows of MXFP4 up"
+    assert isinstance(weight, Tensor), "no family looks rows of packed weights up"
     return weight[numbers].float()

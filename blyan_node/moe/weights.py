@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.layout import SubjectLayout
-from blyan_node.moe.stored import Mxfp4, Weight
+from blyan_node.moe.stored import Fp8Blocks, Mxfp4, Weight
 from blyan_node.moe.strict_json import refuse
 from protocols.ids import Subject
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
@@ -26,6 +26,7 @@ _TORCH = {
     Dtype.BF16: torch.bfloat16,
     Dtype.F16: torch.float16,
     Dtype.U8: torch.uint8,
+    Dtype.F8_E4M3: torch.float8_e4m3fn,
 }
 
 
@@ -66,12 +67,18 @@ def by_role(part: SubjectLayout, loaded: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """Tensors by role, MXFP4 put together from blocks and scales. Raises `Refused` (BAD_MODEL)."""
+    """Tensors by role, MXFP4 and FP8 put together from what they consist of.
+
+    Raises `Refused` (BAD_MODEL).
+    """
     found: dict[str, Weight] = {}
     for role, tensor in tensors.items():
         if role.endswith("_blocks"):
             name = role.removesuffix("_blocks")
             found[name] = Mxfp4(tensor, tensors[f"{name}_scales"])
+        elif role.endswith("_codes"):
+            name = role.removesuffix("_codes")
+            found[name] = Fp8Blocks(tensor, tensors[f"{name}_scales"].float())
         elif not role.endswith("_scales"):
             found[role] = tensor
     return found

@@ -46,7 +46,7 @@ async def show(app: App, request: model.ShowRequest, context: Context) -> model.
         held=info.held,
         bytes=info.bytes,
         subjects={
-            str(subject): _subject(app, id)
+            str(subject): _subject(app, subject, id)
             for subject, id in sorted(app.chain.heads(block.id).items(), key=_by_place)
         },
     )
@@ -68,12 +68,13 @@ def _info(app: App, block: Block) -> model.ModelInfo:
     )
 
 
-def _subject(app: App, id: BlockId) -> model.SubjectInfo:
+def _subject(app: App, subject: Subject, id: BlockId) -> model.SubjectInfo:
     _, manifest = app.store.body(id)
     return model.SubjectInfo(
         block=cid_text(id),
         tensors=[tensor.name for tensor in manifest.tensors],
         bytes=manifest.size,
+        computed=parse_subject(subject).kind != "mtp",
     )
 
 

@@ -103,7 +103,10 @@ class Drafting:
         return [block for id in others for block in self._store.staged(id)]
 
     def draft(self, sink: Sink, found: Found | None, watched: Watched) -> Draft:
-        """Reads the whole directory into `sink`; returns when all of it is stored."""
+        """Reads the whole directory into `sink`; returns when all of it is stored.
+
+        Raises `Refused` if the directory was changed meanwhile.
+        """
         model = self._model(sink, found, watched)
         fresh = found is None or found.staged
         count = int(fresh)
@@ -122,6 +125,7 @@ class Drafting:
                 place = Place(part.kind, model, part.subject, head, {"staged": 1})
                 there = self._sign(sink, place, body)
             subjects[part.subject] = there
+        self._checkpoint.require_unchanged()
         sink.flush()
         reused = sink.reused_bytes
         release = None if subjects == heads else self._release(sink, model, subjects)

@@ -20,7 +20,7 @@ from blyan_node.services.account import Account
 from blyan_node.services.compute import Rows
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Description, Models
-from blyan_node.services.prompts import Question, question
+from blyan_node.services.prompts import Question, question, room_for
 from blyan_node.services.session import Choices, Session
 from blyan_node.services.supply import Progress, silent
 from blyan_node.services.texts import Texts
@@ -113,7 +113,7 @@ class Generation:
             answer.account.prompt_tokens = len(prompt)
             writer = Writer(asked.speech, answer.account, emit, asked.ends)
             decode = partial(self._decode, asked, answer, writer)
-            async with answer.session.room(len(prompt) + request.max_tokens):
+            async with answer.session.room(len(prompt) + asked.ends.most):
                 on_begin()
                 finish = answer.account.outcome = await _until(cancelled, decode)
             return GenerateResult(
@@ -136,6 +136,7 @@ class Generation:
             seen: dict[int, list[Choices]] = {}
             answer.session.watch = lambda layer, chosen: seen.setdefault(layer, []).append(chosen)
             answer.account.prompt_tokens = len(request.prompt_ids)
+            room_for(len(request.prompt_ids), 0, answer.description)
             async with answer.session.room(len(request.prompt_ids)):
                 logits = await answer.session.extend(request.prompt_ids, every=True)
             answer.account.first_at = trio.current_time()

@@ -19,7 +19,7 @@ import trio
 from blyan_node.hub.child import HubProcess, hub_process
 from blyan_node.hub.messages import HubFile, Listing
 from blyan_node.hub.reference import Reference
-from blyan_node.moe.checkpoint import is_small, weight_files
+from blyan_node.moe.checkpoint import is_read, is_small, weight_files
 from blyan_node.moe.safetensors_file import header_end
 from blyan_node.moe.strict_json import refuse
 from blyan_node.services.supply import Progress, silent
@@ -223,6 +223,8 @@ class _Visit:
     def _take_up(self) -> None:
         """Whole files of an earlier run become partial ones again: they are to be checked."""
         for name, file in self._files.items():
+            if not is_read(name):
+                continue
             path = self._folder / name
             if _length(path) == file.size and path.is_file() and not self._partial(name).exists():
                 path.rename(self._partial(name))

@@ -53,7 +53,8 @@ async def question(
     )
     sampler.see(prompt)
     tokens = frozenset() if request.ignore_eos else model.stop_ids
-    ends = Ends(request.max_tokens, tokens, request.stop)
+    most = min(request.max_tokens, room_for(len(prompt), 1, model))
+    ends = Ends(most, tokens, request.stop)
     speech = None if text is None else _speech(_messages(request) is not None, model, text)
     return Question(prompt, speech, sampler, ends)
 
@@ -62,6 +63,20 @@ def sampling(request: GenerateRequest, default: Sampling) -> Sampling:
     """The request's settings, and where it says nothing the model's."""
     said = {name: getattr(request, name) for name in ALLOWED}
     return replace(default, **{name: value for name, value in said.items() if value is not None})
+
+
+def room_for(tokens: int, new: int, model: Description) -> int:
+    """How many tokens may follow `tokens` of a prompt. Raises `Refused` if not even `new` may."""
+    most = model.config.context
+    if tokens + new <= most:
+        return most - tokens
+    raise Refused(
+        ErrorCode.BAD_INPUT,
+        f"the prompt is too long for {model.name}",
+        f"it has {tokens} tokens, and the model reads {most} at most, answer included",
+        "Give a shorter prompt, or begin a new conversation.",
+        {"model": model.name, "tokens": tokens, "tokens_max": most},
+    )
 
 
 def _speech(chat: bool, model: Description, text: TextProcess) -> Speech:

@@ -63,6 +63,7 @@ class Rehearsal:
     new_bytes: int
     room_bytes: int
     seconds: float
+    kept_bytes: int = 0  # of layers that are never computed
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Inspected:
     experts: int
     bytes: int
     room_bytes: int
+    kept_bytes: int = 0  # of layers that are never computed
 
 
 class Publish:
@@ -147,6 +149,7 @@ class Publish:
             experts=sum(".expert" in subject for subject in subjects),
             bytes=source.bytes,
             room_bytes=self._store.chunks.room(),
+            kept_bytes=source.checkpoint.kept_bytes,
         )
 
     def _rehearse(self, path: Path, name: str, progress: Progress) -> Rehearsal:
@@ -166,6 +169,7 @@ class Publish:
             new_bytes=draft.new_bytes,
             room_bytes=self._store.chunks.room(),
             seconds=seconds,
+            kept_bytes=source.checkpoint.kept_bytes,
         )
 
     def _count(self, source: Source, found: Found | None, progress: Progress) -> Draft:

@@ -67,7 +67,7 @@ class Trunks:
         self, description: Description, heads: Parts, precision: Precision, progress: Progress
     ) -> AsyncIterator[tuple[Trunk, int]]:
         """The trunk at `heads`, and how many bytes were fetched for it. Raises `Refused`."""
-        parts = {name: block for name, block in heads.items() if parse_subject(name).expert is None}
+        parts = {name: block for name, block in heads.items() if parse_subject(name).in_trunk}
         key = Key(frozenset(parts.items()), precision)
         async with self._loading:
             fetched = 0

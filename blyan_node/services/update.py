@@ -8,7 +8,13 @@ from typing import NoReturn
 
 import trio
 
-from blyan_node.moe.safetensors_file import StoredTensor, read_header, read_pieces
+from blyan_node.moe.safetensors_file import (
+    Stamp,
+    StoredTensor,
+    read_header,
+    read_pieces,
+    require_unchanged,
+)
 from blyan_node.services.authoring import Author, Body, Place, Submits, require_accepted
 from protocols.dag.header import Block
 from protocols.dag.update import require_head
@@ -68,7 +74,7 @@ class Update:
         self._require_author(model)
         head = require_head(self._store.heads(model), subject, base)
         before, manifest = self._store.body(head)
-        found = read_header(weights)
+        stamp, found = Stamp.of(weights), read_header(weights)
         _require_same_tensors(subject, manifest, found)
         with self._store.ingest() as ingest:
             body = Body.of(
@@ -76,6 +82,7 @@ class Update:
                 for e in manifest.tensors
             )
             ingest.flush()
+            require_unchanged(weights, stamp)
             if body.id == before.header.body:
                 return head, None
             place = Place(before.header.kind, model, subject, head)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from blyan_node.moe.kernels.order import CONTRACT
 from blyan_node.moe.numerics import Rows
-from blyan_node.moe.stored import Mxfp4, Scaled, Weight, widened
+from blyan_node.moe.stored import Scaled, Weight, widened
 from blyan_node.testing import exact_sums
 from blyan_node.testing.exact_sums import Floats
 
@@ -93,10 +93,7 @@ class ExactProduct:
 
     def __init__(self, weight: Weight, bias: Tensor | None) -> None:
         self._scales = _array(weight.scales) if isinstance(weight, Scaled) else None
-        if isinstance(weight, Scaled):
-            values = weight.codes.float()
-        else:
-            values = widened(weight) if isinstance(weight, Mxfp4) else weight.float()
+        values = weight.codes.float() if isinstance(weight, Scaled) else widened(weight)
         self._values = values.contiguous().numpy()
         self._biases = None if bias is None else _array(bias)
         self.outs = weight.shape[0]

@@ -267,7 +267,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
     def _error(self, status: int, code: str) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code} if code else {})
+        """Says what it was sent, as servers do that are meant for finding errors."""
+        said = {"X-Error-Message": f"you are {self.headers['Authorization']}"}
+        self._send(
+            status, json.dumps(said).encode(), said | ({"X-Error-Code": code} if code else {})
+        )
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] = {}) -> None:
         self._head(status, {"Content-Length": str(len(body)), **headers})

@@ -1,7 +1,6 @@
 """gpt_oss checkpoints with MXFP4 experts, and what `transformers` makes of them."""
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,12 @@ import torch
 from torch import Tensor
 
 from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.rewriting import (
+    all_tensors,
+    rewrite_config,
+    tensors_by_file,
+    write_tensors,
+)
 
 MODULES_KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
                 "lm_head"]  # fmt: skip
@@ -29,7 +34,7 @@ _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 def make_mxfp4_checkpoint(path: Path, *, sharded: bool = False, **overrides: Any) -> Path:
     """Writes a hot gpt_oss directory in bfloat16 to `path` with its experts as MXFP4."""
     make_checkpoint("gpt_oss", path, dtype="bfloat16", sharded=sharded, **(SIZES | overrides))
-    for file, tensors in _files(path):
+    for file, tensors in tensors_by_file(path):
         packed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if name.endswith(("gate_up_proj", "down_proj")):
@@ -37,8 +42,8 @@ def make_mxfp4_checkpoint(path: Path, *, sharded: bool = False, **overrides: Any
                 packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
             else:
                 packed[name] = tensor
-        _write(file, packed)
-    _rewrite(path, quantization_config=QUANTIZATION)
+        write_tensors(file, packed)
+    rewrite_config(path, quantization_config=QUANTIZATION)
     return path
 
 
@@ -48,7 +53,7 @@ def dequantised(path: Path, out: Path) -> Path:
         "transformers.integrations.mxfp4"
     ).convert_moe_packed_tensors
     out.mkdir()
-    tensors = {name: one for _, file in _files(path) for name, one in file.items()}
+    tensors = all_tensors(path)
     dense: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("_blocks"):
@@ -56,9 +61,9 @@ def dequantised(path: Path, out: Path) -> Path:
             dense[whole] = unpack(tensor, tensors[f"{whole}_scales"]).contiguous()
         elif not name.endswith("_scales"):
             dense[name] = tensor
-    _write(out / "model.safetensors", dense)
+    write_tensors(out / "model.safetensors", dense)
     (out / "config.json").write_bytes((path / "config.json").read_bytes())
-    _rewrite(out, quantization_config=None)
+    rewrite_config(out, quantization_config=None)
     return out
 
 
@@ -71,25 +76,3 @@ def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     nibbles = nearest + 8 * (blocks < 0)
     packed = nibbles[..., ::2] + 16 * nibbles[..., 1::2]
     return packed.to(torch.uint8), (exponents[..., 0] + 127).to(torch.uint8)
-
-
-def _files(path: Path) -> list[tuple[Path, dict[str, Tensor]]]:
-    load: Any = importlib.import_module("safetensors.torch").load_file
-    return [(file, load(file)) for file in sorted(path.glob("*.safetensors"))]
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    save: Any = importlib.import_module("safetensors.torch").save_file
-    save(tensors, file, {"format": "pt"})
-    index = file.parent / "model.safetensors.index.json"
-    if index.exists():
-        document = json.loads(index.read_text())
-        weights = {n: f for n, f in document["weight_map"].items() if f != file.name}
-        document["weight_map"] = weights | dict.fromkeys(tensors, file.name)
-        index.write_text(json.dumps(document))
-
-
-def _rewrite(path: Path, **fields: Any) -> None:
-    config = json.loads((path / "config.json").read_text()) | fields
-    given = {name: value for name, value in config.items() if value is not None}
-    (path / "config.json").write_text(json.dumps(given, indent=2))

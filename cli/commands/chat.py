@@ -147,9 +147,14 @@ class Conversation:
         if answer.interrupted:
             self._note("stopped")
         elif answer.result["finish"] == "length":
-            self._note(f"cut at {self.params['max_tokens']} tokens; --max-tokens allows more")
+            self._note(self._why_cut(answer.result["stats"]["new_tokens"]))
         if not text:
             self._note("nothing was said; the question is forgotten")
+
+    def _why_cut(self, tokens: int) -> str:
+        if tokens < self.params["max_tokens"]:
+            return f"cut at {tokens} tokens: the model reads no more; /reset begins anew"
+        return f"cut at {tokens} tokens; --max-tokens allows more"
 
     def _tell(self, refused: Refused) -> None:
         self.exit_code = EXIT_REFUSED

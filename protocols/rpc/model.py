@@ -53,6 +53,7 @@ class DryRunResult(Result, frozen=True):
     included, and `room_bytes` may be. `seconds` is estimated from the two rates: of reading and
     hashing this directory, and of writing to this disk (None: nothing to write). Of a model whose
     weights are on the hub, `download_bytes` are to be fetched, and what only they tell is None.
+    `kept_bytes` are of layers that are kept and exported and never computed.
     """
 
     model: str | None
@@ -67,6 +68,7 @@ class DryRunResult(Result, frozen=True):
     read_bytes_per_s: Count | None
     write_bytes_per_s: Count | None
     download_bytes: Count = 0
+    kept_bytes: Count = 0
     source: str | None = None
 
 
@@ -100,11 +102,16 @@ class ShowRequest(Request, frozen=True):
 
 
 class SubjectInfo(Result, frozen=True):
-    """The head of one subject, the names of its tensors, and its size."""
+    """The head of one subject, the names of its tensors, and its size.
+
+    What is not `computed` is kept and exported, and no answer depends on it: a layer that predicts
+    further tokens.
+    """
 
     block: str
     tensors: list[str]
     bytes: Count
+    computed: bool
 
 
 class ShowResult(ModelInfo, frozen=True):

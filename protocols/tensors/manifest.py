@@ -25,9 +25,11 @@ class Dtype(StrEnum):
     F16 = "F16"
     U8 = "U8"
     I64 = "I64"
+    F8_E4M3 = "F8_E4M3"
 
 
-DTYPE_BYTES = {Dtype.F32: 4, Dtype.BF16: 2, Dtype.F16: 2, Dtype.U8: 1, Dtype.I64: 8}
+DTYPE_BYTES = {Dtype.F32: 4, Dtype.BF16: 2, Dtype.F16: 2, Dtype.U8: 1, Dtype.I64: 8,
+               Dtype.F8_E4M3: 1}  # fmt: skip
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,7 +27,7 @@ from protocols.rpc.generate import (
     Token,
     TraceEntry,
 )
-from protocols.rpc.model import PublishResult, WaitResult
+from protocols.rpc.model import DryRunResult, PublishResult, ShowResult, SubjectInfo, WaitResult
 from protocols.rpc.node import Held, StatusResult, Syncing
 from protocols.rpc.table import METHODS
 
@@ -96,6 +96,27 @@ def test_people_get_lines(node: Any, command: Command) -> None:
     assert "12D3alice" in said.out
     assert "3.0 MiB" in said.out
     assert "10 of 20 blocks, about 2 s left" in said.out
+
+
+def test_what_is_never_computed_is_told_and_its_names_are_not(node: Any, command: Command) -> None:
+    there = SubjectInfo(block="bafkrei", tensors=["a.weight", "b.weight"], bytes=5, computed=True)
+    kept = msgspec.structs.replace(there, bytes=2**20, computed=False)
+    shown = ShowResult(
+        name="m", model="bafy", author="12D3", family="deepseek_v3", root="ab" * 32, experts=0,
+        held=0, bytes=9, subjects={"layer0.mlp": there, "layer61.mtp": kept},
+    )  # fmt: skip
+    node.answers["model.show"] = lambda request, context: shown
+    lines = command("model", "show", "m").out.splitlines()
+    assert any("layer0.mlp" in line and "a.weight b.weight" in line for line in lines)
+    (line,) = (line for line in lines if "layer61.mtp" in line)
+    assert "2 tensors, kept and exported but never computed" in line
+    rehearsed = DryRunResult(
+        model=None, name="m", experts=0, blocks=4, bytes=2**21, reused_bytes=0, new_bytes=2**21,
+        room_bytes=2**30, seconds=1.0, read_bytes_per_s=1, write_bytes_per_s=1, kept_bytes=2**20,
+    )  # fmt: skip
+    node.answers["model.dry_run"] = lambda request, context: rehearsed
+    said = command("model", "publish", "m", "--name", "m", "--dry-run").out
+    assert "1.0 MiB of it, kept and exported" in said
 
 
 @pytest.mark.parametrize(

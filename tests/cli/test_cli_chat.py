@@ -29,7 +29,9 @@ SHOWN = ShowResult(
 )  # fmt: skip
 
 
-def said(text: str, finish: str = "stop", reasoning: str | None = None) -> GenerateResult:
+def said(
+    text: str, finish: str = "stop", reasoning: str | None = None, tokens: int = 2
+) -> GenerateResult:
     return GenerateResult(
         token_ids=[1],
         text=text,
@@ -40,7 +42,7 @@ def said(text: str, finish: str = "stop", reasoning: str | None = None) -> Gener
         ),
         trace={},
         stats=GenerateStats(
-            prompt_tokens=3, new_tokens=2, prefill_s=0.1, decode_s=0.2, tokens_per_s=10.0,
+            prompt_tokens=3, new_tokens=tokens, prefill_s=0.1, decode_s=0.2, tokens_per_s=10.0,
             max_gap_s=0.1, remote_calls=4, bytes_sent=1, bytes_received=2, retries=0,
             fetched_bytes=0,
         ),
@@ -81,7 +83,8 @@ class Model:
             context.notify(Token(token_id=1, text="", reasoning="let me see"))
         for piece in (text[:4], text[4:]):
             context.notify(Token(token_id=1, text=piece))
-        return said(text, "length" if line == "long" else "stop")
+        cut = {"long": 1024, "full": 7}.get(line)
+        return said(text) if cut is None else said(text, "length", tokens=cut)
 
     @property
     def last(self) -> list[tuple[str, str]]:
@@ -160,10 +163,11 @@ def test_commands_and_lines_that_only_look_like_them(model: Model, piped: Any) -
 
 
 def test_thoughts_are_on_stderr_and_not_in_the_history(model: Model, piped: Any) -> None:
-    done = piped("think\nlong\n")
-    assert done.stdout == "echo 1: think\necho 2: long\n"
+    done = piped("think\nlong\nfull\n")
+    assert done.stdout == "echo 1: think\necho 2: long\necho 3: full\n"
     assert "let me see\n" in done.stderr
-    assert "cut at 1024 tokens" in done.stderr
+    assert "cut at 1024 tokens; --max-tokens allows more" in done.stderr
+    assert "cut at 7 tokens: the model reads no more; /reset begins anew" in done.stderr
     assert "let me see" not in str(model.last)
 
 

@@ -4,6 +4,7 @@
 in the forms that people find (fused or one by one, in shards, bfloat16), and answers once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blyan_node.testing import fp8, mxfp4
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.daemons import Testnet
 from blyan_node.testing.directories import tensor_digests
-from blyan_node.testing.mxfp4 import dequantised, make_mxfp4_checkpoint
+from blyan_node.testing.fp8 import make_fp8_checkpoint
+from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.truth import greedy, logits_of
 
@@ -64,28 +67,38 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """What is published under `name`, and the directory that `transformers` computes with."""
+    """What is published under `name`, and the directory that `transformers` computes with.
+
+    `widen` makes such a directory of one that it does not compute with on a CPU.
+    """
 
     name: str
     path: Path
     plain: Path
+    widen: Callable[[Path, Path], Path] | None = None
 
 
-@pytest.fixture(params=[*sorted(PUBLISHED), "gpt-oss-mxfp4"])
+@pytest.fixture(params=[*sorted(PUBLISHED), "deepseek-v3-fp8", "gpt-oss-mxfp4"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    """A hot tiny checkpoint; of MXFP4 `transformers` itself makes bfloat16."""
-    path = tmp_path / "source"
+    """A hot tiny checkpoint."""
+    path, plain = tmp_path / "source", tmp_path / "widened"
     if request.param in PUBLISHED:
         family, options = PUBLISHED[request.param]
         make_checkpoint(family, path, **options)
         return Model(request.param, path, path)
-    make_mxfp4_checkpoint(path, sharded=True)
-    return Model(request.param, path, dequantised(path, tmp_path / "dequantised"))
+    if request.param == "gpt-oss-mxfp4":
+        make_mxfp4_checkpoint(path, sharded=True)
+        return Model(request.param, path, mxfp4.dequantised(path, plain), mxfp4.dequantised)
+    make_fp8_checkpoint(
+        "deepseek_v3", path, mtp=True, sharded=True, num_hidden_layers=2, n_routed_experts=8
+    )
+    return Model(request.param, path, fp8.dequantised(path, plain), fp8.dequantised)
 
 
 def test_published_spread_exact_and_exported(swarm: Testnet, model: Model, tmp_path: Path) -> None:
     name, path = model.name, model.path
     alice, ids = swarm["alice"], ",".join(map(str, PROMPT))
+    rehearsed = alice("model", "publish", path, "--name", name, "--dry-run")
     published = alice("model", "publish", path, "--name", name, "--wait-replicas", 1)
     reference, truth = open_reference(path), logits_of(model.plain, PROMPT)
 
@@ -110,9 +123,15 @@ def test_published_spread_exact_and_exported(swarm: Testnet, model: Model, tmp_p
     for layer, chosen in experts.items():
         assert torch.equal(tensors[f"layer{layer}.experts"], chosen)
 
+    shown = alice("model", "show", name)["subjects"]
+    assert published["experts"] == sum(".expert" in subject for subject in shown)
+    kept = [subject for subject, about in shown.items() if not about["computed"]]
+    assert kept == (["layer2.mtp"] if name == "deepseek-v3-fp8" else [])
+    assert rehearsed["kept_bytes"] == sum(shown[subject]["bytes"] for subject in kept)
+
     alice("model", "export", name, tmp_path / "out")
     assert tensor_digests(tmp_path / "out") == tensor_digests(path)
     exported = tmp_path / "out"
-    if model.plain != path:
-        exported = dequantised(exported, tmp_path / "exported")
+    if model.widen is not None:
+        exported = model.widen(exported, tmp_path / "exported")
     assert torch.equal(logits_of(exported, PROMPT), truth)

@@ -176,7 +176,7 @@ ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
         (_retensor(lambda t: t.update({"model.extra": torch.zeros(1)})), "'model.extra' does not"),
         (
             _retensor(lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(1)})),
-            "'model.layers.3.eh_proj.weight' is of a layer behind the 3 .* several tokens at once",
+            "'model.layers.3.eh_proj.weight' is of a layer behind the 3 .* num_nextn_predict",
         ),
         (_truncate, "bytes of tensors, but the header describes"),
         (lambda path: (path / "config.json").write_text("{"), "config.json"),
@@ -212,7 +212,7 @@ HEAD = "lm_head.weight"
         (_reindex(lambda m: m.update({HEAD: "/etc/passwd"})), "no file name"),
         (_reindex(lambda m: m.update({HEAD: "pytorch_model.bin"})), "no file name"),
         (_reindex(lambda m: m.update({HEAD: 7})), "no file name"),
-        (_reindex(lambda m: m.pop(HEAD)), "lm_head.weight' is not in"),
+        (_reindex(lambda m: m.pop(HEAD)), "lm_head.weight' is nowhere by"),
         (_reindex(lambda m: m.update({"more": m[HEAD]})), "'more' is missing"),
         (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "weight_map"),
     ],

@@ -15,7 +15,7 @@ from blyan_node.moe.config import (
     Routing,
     SiluGate,
 )
-from blyan_node.moe.families import layout, parse_config
+from blyan_node.moe.families import layout, parse_config, sources
 from protocols.errors import ErrorCode, Refused
 
 RELEASED: dict[str, Any] = {  # DeepSeek-V3, with 5 of 61 layers
@@ -64,6 +64,7 @@ def _parse(fields: dict[str, Any]) -> ModelConfig:
 
 def test_as_released_but_for_its_precision() -> None:
     config = _parse(WIDENED)
+    assert not config.fp8
     routing = Routing(
         "sigmoid", renormalise=True, correction=True, groups=8, groups_chosen=4, scaling=2.5
     )
@@ -74,6 +75,8 @@ def test_as_released_but_for_its_precision() -> None:
     assert {layer.attention for layer in config.layers} == {attention}
     assert (config.rope.factor, config.rope.attention_factor) == (40.0, 1.0)
     assert config.rope.score_factor == pytest.approx(1.3688879454113936**2)
+    assert config.context == config.positions_max == 163840
+    assert _parse(WIDENED | {"max_position_embeddings": 4096}).context == 163840
 
 
 def test_another_model_of_the_family() -> None:
@@ -97,9 +100,44 @@ def test_parts() -> None:
     assert not {"layer2.router", "layer2.shared", "layer3.mlp"} & parts.keys()
 
 
-def test_the_precision_as_released_is_refused_by_its_name() -> None:
-    with pytest.raises(Refused, match="quantization_config asks for 'fp8'"):
-        _parse(RELEASED)
+def test_the_tensors_as_released() -> None:
+    config = _parse(RELEASED)
+    assert config.fp8 and config.mtp_layers == 1
+    expected, here = sources(config), "model.layers.4."
+    assert expected[here + "self_attn.kv_b_proj.weight"] == (32768, 512)
+    assert expected[here + "self_attn.kv_b_proj.weight_scale_inv"] == (256, 4)
+    assert expected[here + "self_attn.kv_a_proj_with_mqa.weight_scale_inv"] == (5, 56)
+    assert expected[here + "mlp.experts.255.down_proj.weight_scale_inv"] == (56, 16)
+    assert expected["model.layers.0.mlp.gate_proj.weight_scale_inv"] == (144, 56)
+    for plain in ("lm_head.weight", "model.embed_tokens.weight", here + "mlp.gate.weight"):
+        assert plain in expected and f"{plain}_scale_inv" not in expected
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quant_method": "awq"}, "asks for 'awq', which is not read in this family"),
+        ({"quant_method": None}, "asks for missing"),
+        ({"weight_block_size": [64, 128]}, r"weight_block_size is \[64, 128\]"),
+        ({"weight_block_size": None}, "weight_block_size is missing"),
+        ({"fmt": "e5m2"}, "fmt is 'e5m2'"),
+        ({"activation_scheme": "static"}, "activation_scheme is 'static'"),
+        ({"modules_to_not_convert": ["model.layers.3.mlp.experts"]}, "experts', which is to be"),
+        ({"modules_to_not_convert": ["model.layers.3.mlp.gate_proj"]}, "gate_proj', which is to"),
+        ({"bits": 4}, "'bits' is unknown"),
+    ],
+)
+def test_another_quantisation_is_refused_by_name(change: dict[str, object], named: str) -> None:
+    quantised = RELEASED["quantization_config"] | change
+    with pytest.raises(Refused, match=named):
+        _parse(RELEASED | {"quantization_config": quantised})
+
+
+def test_modules_that_are_no_fp8_may_be_listed() -> None:
+    kept = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.input_layernorm",
+            "model.layers.0.post_attention_layernorm"]  # fmt: skip
+    quantised = RELEASED["quantization_config"] | {"modules_to_not_convert": kept}
+    assert _parse(RELEASED | {"quantization_config": quantised}).fp8
 
 
 @pytest.mark.parametrize(

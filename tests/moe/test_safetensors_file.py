@@ -58,7 +58,7 @@ def test_a_good_header() -> None:
 @pytest.mark.parametrize(
     ("name", "entry", "why"),
     [
-        ("b", {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [24, 32]}, "F8_E4M3"),
+        ("b", {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [24, 32]}, "F8_E5M2"),
         ("b", {"dtype": "BF16", "shape": [4], "data_offsets": [20, 28]}, "begins at"),
         ("b", {"dtype": "BF16", "shape": [4], "data_offsets": [26, 34]}, "begins at"),
         ("b", {"dtype": "BF16", "shape": [5], "data_offsets": [24, 32]}, "do not fit 10"),

@@ -511,6 +511,34 @@ async def test_stop_tokens_end_the_answer_unless_ignored(
 
 
 @trio_test
+async def test_an_answer_ends_where_the_model_reads_no_more(
+    mixtral: Path, truth: Reference, tmp_path: Path
+) -> None:
+    most = len(PROMPT) + 5
+    path = make_checkpoint("mixtral", tmp_path / "m", max_position_embeddings=most)
+    swarm = Swarm(tmp_path / "nodes")
+    alice = swarm.node("alice", "main")
+    async with swarm.started():
+        await alice.publish(path, "tiny")
+        result = await alice.generation.generate(ask(12), nobody)
+        assert (result.finish, result.token_ids) == ("length", truth.generate(PROMPT, 5))
+        for tokens in (most, most + 1):
+            long = [3] * tokens
+            with pytest.raises(Refused, match=f"has {tokens} tokens, and the model reads {most}"):
+                await alice.generation.generate(ask(1, prompt_ids=long), nobody)
+        out = str(tmp_path / "pass")
+        with pytest.raises(Refused, match="too long for tiny"):
+            await alice.generation.forward(
+                ForwardRequest(model="tiny", prompt_ids=[3] * (most + 1), out=out)
+            )
+        done = await alice.generation.forward(
+            ForwardRequest(model="tiny", prompt_ids=[3] * most, out=out)
+        )
+        assert done.out == out
+        assert alice.holding.memory.caches == 0
+
+
+@trio_test
 async def test_text_streams_in_pieces_that_make_the_whole(tmp_path: Path) -> None:
     path = make_checkpoint("mixtral", tmp_path / "m", tokenizer=True)
     swarm = Swarm(tmp_path / "nodes")

@@ -1,5 +1,6 @@
 """Models from a hub on loopback: whole, cut off, resumed, by revision, and refused."""
 
+import logging
 import os
 import shutil
 import signal
@@ -347,6 +348,74 @@ async def test_a_token_goes_to_the_hub_alone(alice, server, monkeypatch) -> None
     await alice()
     assert {a.authorization for a in server.asked if not a.network} == {"Bearer hf_secret"}
     assert {a.authorization for a in server.asked if a.network} == {None}
+
+
+@pytest.mark.parametrize(
+    ("token", "faults"),
+    [
+        ("hf_secret", {"info": Fault(status=500)}),
+        ("hf_secret", {"tree": Fault(status=401)}),
+        ("hf_secret", {"tree": Fault(body=b"<html>hf_secret</html>")}),
+        ("hf_secret", {SHARD: Fault(status=403)}),
+        ("hf_secret", {"LICENSE": Fault(body=b"do as WE liked")}),
+        ("hf_se\ncret", {}),
+        ("hf_secr\u00e9t", {}),
+    ],
+)
+@trio_test
+async def test_a_token_is_never_told(
+    alice, server, monkeypatch, caplog, capfd, token, faults
+) -> None:
+    """Not even where a hub says in its errors what it was sent."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    server.faults |= faults
+    with caplog.at_level(logging.DEBUG), pytest.raises(Refused) as refused:
+        await alice()
+    said = (str(refused.value), str(refused.value.data), caplog.text, *capfd.readouterr())
+    assert "HF_TOKEN" in said[0] or server.asked
+    for part in token.split():
+        assert not [text for text in said if part in text or ascii(part)[1:-1] in text]
+
+
+@trio_test
+async def test_a_token_from_a_file_with_a_line_end(alice, server, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\r\n")
+    await alice()
+    assert "Bearer hf_secret" in {a.authorization for a in server.asked}
+
+
+@trio_test
+async def test_names_that_are_never_read_are_never_files(alice, server, files, tmp_path) -> None:
+    """Too long a name for the disk, and names that we use ourselves."""
+    beside = ("x" * 300, "outline", ".library", f"{SHARD}.{'0' * 16}.partial", "acme--tiny")
+    server.repositories["acme/tiny"].commit(files | dict.fromkeys(beside, b"not ours"), "main")
+    _, done = await alice()
+    assert done.experts == 18 and not any(server.served[name] for name in beside)
+
+
+@trio_test
+async def test_a_disk_that_fills_during_the_download(alice, server, files, monkeypatch) -> None:
+    """A bound on file sizes is what it looks like: refused, kept, and gone on with."""
+    most = len(files[SHARD]) - 10_000
+    bounded = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, resource.RLIM_INFINITY))
+from blyan_node.hub.process import main
+main()
+"""
+    monkeypatch.setattr(limits, "hub_outline_bytes", 4_096)
+    before = rows(alice.store)
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "COMMAND", (sys.executable, "-c", bounded))
+        with pytest.raises(Refused, match="File too large") as refused:
+            await alice()
+    assert refused.value.code is ErrorCode.DISK_FULL and "Free some space" in str(refused.value)
+    assert refused.value.data["file"] in files and rows(alice.store) == before
+    name = str(refused.value.data["file"])
+    had, _ = alice.partials[name], server.forget()
+    assert 0 < had <= most
+    await alice()
+    assert server.served[name] == len(files[name]) - had
 
 
 @pytest.mark.parametrize("where", ["info", "tree", "LICENSE", SHARD])

@@ -7,19 +7,26 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blyan_node.bench.models import write_model
+from blyan_node.testing.checkpoints import make_checkpoint
 from protocols import limits
 from protocols.ids import chunk_hash
 from protocols.tensors.manifest import Dtype
 from storage.store import open_store
 
+Ask = Callable[[Path, float | str | None], dict[str, Any]]
+"""Publishes into a store, killed at a moment (seconds, or a step's name) or never; what was found.
+"""
 PROGRAM = Path(__file__).with_name("publishing_process.py")
 KILLS = 50
+KEPT = ("accepted", "bytes", "experts", "chunk_bytes")
 SMALL: dict[str, object] = {
     "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_local_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -41,6 +48,26 @@ def call(*arguments: object) -> dict[str, Any]:
     return answer
 
 
+@contextmanager
+def serving(model: Path) -> Iterator[Ask]:
+    """A process that publishes `model` again and again."""
+    server = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "serve", str(model)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+
+    def ask(data: Path, when: float | str | None) -> dict[str, Any]:
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps([str(data), when]) + "\n")
+        server.stdin.flush()
+        answer: dict[str, Any] = json.loads(server.stdout.readline())
+        return answer
+
+    assert server.stdin is not None
+    with server, server.stdin:
+        yield ask
+
+
 def environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     return os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -49,19 +76,10 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_killed_at_fifty_moments(model: Path, tmp_path: Path) -> None:
     """The store opens, is clean, keeps what it had, and a publish that goes on reuses it."""
-    server = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "serve", str(model)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
-    assert server.stdin is not None and server.stdout is not None
-    with server, server.stdin:
+    with serving(model) as ask_at:
 
         def ask(name: str, after_s: float | None) -> dict[str, Any]:
-            assert server.stdin is not None and server.stdout is not None
-            server.stdin.write(json.dumps([str(tmp_path / name), after_s]) + "\n")
-            server.stdin.flush()
-            answer: dict[str, Any] = json.loads(server.stdout.readline())
-            return answer
+            return ask_at(tmp_path / name, after_s)
 
         whole = ask("whole", None)
         assert whole["bad"] == [] and whole["reused_bytes"] == 0
@@ -88,6 +106,40 @@ def test_killed_at_fifty_moments(model: Path, tmp_path: Path) -> None:
                 shutil.rmtree(tmp_path / "killed")
                 before = None
         assert killed > KILLS / 4 and reused > 0
+
+
+# In the order of a publish, and what is there if it ends at the step.
+STEPS = {
+    "hash": "blocks", "write": "blocks", "enter": "blocks", "after enter": "blocks",
+    "stage": "blocks", "sign": "blocks", "release": "blocks", "after release": "blocks",
+    "pin": "blocks", "submit": "blocks", "commit": "blocks", "after commit": "model",
+    "tidy": "model",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ask, dict[str, Any]]]:
+    """A process that publishes a tiny model, and what it found when nothing happened."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with serving(make_checkpoint("mixtral", folder / "model", sharded=True)) as ask:
+        yield ask, ask(folder / "whole", None)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_each_step(
+    tiny_server: tuple[Ask, dict[str, Any]], tmp_path: Path, step: str
+) -> None:
+    """The store is clean, a model is there whole or not at all, and the next publish reuses it."""
+    ask, whole = tiny_server
+    found = ask(tmp_path / "data", step)
+    assert found["killed"] and found["bad"] == []
+    assert found["accepted"] == (whole["accepted"] if STEPS[step] == "model" else 0)
+    done = ask(tmp_path / "data", None)
+    assert done["bad"] == [] and done["staged"] == 0
+    assert [done[k] for k in KEPT] == [whole[k] for k in KEPT]
+    assert 0 < done["reused_bytes"] <= done["bytes"]
+    if STEPS[step] == "model":
+        assert (done["blocks"], done["reused_bytes"]) == (0, done["bytes"])
 
 
 def test_a_file_system_that_takes_no_more(model: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """What cannot be published is refused by name, and the store is as it was, row for row."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from blyan_node.testing.publishing import publishing, rows
 from blyan_node.testing.trio_tests import trio_test
 from protocols import limits
 from protocols.errors import ErrorCode, Refused
+from storage.fsck import check
 from storage.store import Store, open_store
 
 Change = Callable[[Path], object]
@@ -29,6 +32,15 @@ def store(tmp_path: Path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     return make_checkpoint("mixtral", tmp_path_factory.mktemp("tiny") / "a", sharded=True)
+
+
+def _files(folder: Path) -> set[str]:
+    """Everything that lies in a folder, however deep."""
+    return {
+        os.path.join(at, name)
+        for at, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    }
 
 
 def config(**fields: object) -> Change:
@@ -67,6 +79,82 @@ def _points_outside(path: Path) -> None:
     index.write_text(json.dumps(document))
 
 
+def _one_shard_more(path: Path) -> None:
+    """As a version that had more shards leaves it behind."""
+    (path / "model-00099-of-00099.safetensors").write_bytes(_shard(path).read_bytes())
+
+
+def _whole_and_in_shards(path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, path / "model.safetensors")
+
+
+def _twice_in_shards(path: Path) -> None:
+    first, second = sorted(path.glob("*.safetensors"))[:2]
+    found = load_file(first)
+    save_file(load_file(second) | {min(found): found[min(found)]}, second)
+
+
+def header(change: Callable[[dict[str, dict[str, Any]]], object], more: bytes = b"") -> Change:
+    """Rewrites the header of one shard, whose bytes stay, with `more` behind them."""
+
+    def apply(path: Path) -> None:
+        data = _shard(path).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:end])
+        change(entries)
+        text = json.dumps(entries).encode()
+        _shard(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:] + more)
+
+    return apply
+
+
+def _move(entries: dict[str, dict[str, Any]], by: int) -> None:
+    """All tensors of a file but the first begin `by` bytes later."""
+    entries.pop("__metadata__", None)
+    for entry in sorted(entries.values(), key=lambda e: e["data_offsets"][0])[1:]:
+        entry["data_offsets"] = [at + by for at in entry["data_offsets"]]
+
+
+def _name_twice(path: Path) -> None:
+    """A second entry of the same name, which a lenient reader takes for the first."""
+    data = _shard(path).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    name = min(entries.keys() - {"__metadata__"})
+    text = data[8:end].rstrip()[:-1] + f",{json.dumps(name)}:{json.dumps(entries[name])}}}".encode()
+    _shard(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def _too_long_a_header(path: Path) -> None:
+    length = limits.safetensors_header_bytes_max + 1
+    _shard(path).write_bytes(length.to_bytes(8, "little") + b"{}")
+    with _shard(path).open("r+b") as file:
+        file.truncate(8 + 2 * length)
+
+
+def link(name: str, target: str) -> Change:
+    def apply(path: Path) -> None:
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(target)
+
+    return apply
+
+
+def _shard_links_to_itself(path: Path) -> None:
+    link(_shard(path).name, _shard(path).name)(path)
+
+
+def _directory_links_to_itself(path: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(path)
+
+
+def _pipe(path: Path) -> None:
+    shard = _shard(path)
+    shard.unlink()
+    os.mkfifo(shard)
+
+
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
 BAD: dict[str, tuple[Change, str, str]] = {
     # what is wrong: how it comes about, what the refusal says, what its data names
@@ -84,8 +172,26 @@ BAD: dict[str, tuple[Change, str, str]] = {
     ),
     "tensor": (weights(lambda t, n: t.pop(n)), r"w1\.weight' is missing", "tensor"),
     "one-too-many": (
-        weights(lambda t, n: t.update(other=torch.zeros(3))), "'other' is not in", "path",
+        weights(lambda t, n: t.update(other=torch.zeros(3))), "'other' is nowhere by", "path",
     ),
+    "one-shard-more": (_one_shard_more, "00099-of-00099.safetensors is one too many", "path"),
+    "whole-and-in-shards": (_whole_and_in_shards, "is one too many: model.safetensors has", "path"),
+    "in-two-shards": (_twice_in_shards, r"00002-of-.*weight' is in .*00001-of-.* by", "path"),
+    "twice-in-a-shard": (_name_twice, "00002-of-.*weight' occurs twice", "path"),
+    "overlap": (header(lambda e: _move(e, -4)), "begins at", "path"),
+    "hole": (header(lambda e: _move(e, 4), bytes(4)), "begins at", "path"),
+    "bytes-behind": (header(lambda e: None, bytes(4)), "but the header describes", "path"),
+    "long-header": (_too_long_a_header, "a header of .* bytes does not fit", "path"),
+    "loop": (_shard_links_to_itself, "Too many levels of symbolic links", "path"),
+    "loop-of-directories": (_directory_links_to_itself, "is not a directory", "path"),
+    "no-tokenizer-behind-its-link": (
+        link("tokenizer.json", "../blobs/none"), "tokenizer.json is a link that leads nowhere",
+        "path",
+    ),
+    "no-configuration-behind-its-link": (
+        link("config.json", "config.json"), "config.json: Too many levels", "path",
+    ),
+    "pipe": (_pipe, "is no regular file", "path"),
     "activation": (config(hidden_act="gelu_new"), "hidden_act is 'gelu_new'", "field"),
     "rope": (config(rope_parameters=ROPE), "rope_type is 'llama3'", "field"),
     "quantisation": (
@@ -108,13 +214,13 @@ async def test_a_directory_that_is_wrong(store, tiny, tmp_path, name) -> None:
     path = tmp_path / "model"
     shutil.copytree(tiny, path)
     change(path)
-    publish, before = publishing(store), rows(store)
+    publish, before, there = publishing(store), rows(store), _files(tmp_path)
     for attempt in (publish.publish, publish.rehearse):
         with pytest.raises(Refused, match=why) as refused:
             await attempt(path, "tiny")
         assert refused.value.code is ErrorCode.BAD_MODEL
         assert refused.value.data[names], refused.value.data
-        assert rows(store) == before
+        assert rows(store) == before and _files(tmp_path) == there
 
 
 @trio_test
@@ -189,6 +295,49 @@ async def test_what_is_stored_already_needs_no_room(store, tiny, tmp_path, bound
     assert rows(store) == before
     bound(store, data["new_bytes"])
     assert (await publish.publish(other, "tiny")).blocks == 2
+
+
+def _written_to(path: Path) -> None:
+    with _shard(path).open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x11\x22\x33\x44")
+
+
+def _replaced(path: Path) -> None:
+    """As a tool does it that writes beside and renames: not a moment in which it is not there."""
+    other = path.with_name("other")
+    shutil.copyfile(_shard(path), other)
+    other.replace(_shard(path))
+
+
+@pytest.mark.parametrize("change", [_written_to, _replaced])
+@pytest.mark.parametrize("at", [0.1, 0.9], ids=["early", "late"])
+@trio_test
+async def test_a_directory_that_changes_while_it_is_read(
+    store, tiny, tmp_path, change, at, monkeypatch
+) -> None:
+    """Half of one version and half of another is no model: there is no release of it."""
+    path = tmp_path / "model"
+    shutil.copytree(tiny, path)
+    monkeypatch.setattr(watched, "PROGRESS_BYTES", 1_000)
+    publish, changes = publishing(store), list[int]()
+
+    def told(done: int, total: int | None, what: str) -> None:
+        if not changes and done > at * (total or 0):
+            changes.append(done)
+            change(path)
+
+    before = rows(store)
+    for attempt in (publish.rehearse, publish.publish):
+        changes.clear()
+        with pytest.raises(Refused, match="it was changed while it was read") as refused:
+            await attempt(path, "tiny", told)
+        assert refused.value.code is ErrorCode.BAD_MODEL
+        assert refused.value.data["path"] == str(_shard(path))
+        assert attempt == publish.publish or rows(store) == before
+    assert store.stats().accepted == 0 and check(store).ok
+    done = await publish.publish(path, "tiny")
+    assert done.reused_bytes > 0 and check(store).ok
 
 
 @trio_test

@@ -10,7 +10,14 @@ from collections.abc import Callable, Collection
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from blyan_node.moe.families.family import Family
-from blyan_node.moe.layout import Form, SubjectLayout, attention_part, first_parts, last_parts
+from blyan_node.moe.layout import (
+    Form,
+    SubjectLayout,
+    attention_part,
+    first_parts,
+    fp8_blocks,
+    last_parts,
+)
 from blyan_node.moe.reading import refuse_quantised
 from blyan_node.moe.strict_json import Fields, parse_json, refuse
 from protocols import limits
@@ -54,7 +61,7 @@ def layout(config: ModelConfig, form: Form | None = None) -> list[SubjectLayout]
     Without a `form`, the family's usual one; all but the experts' tensors are the same in each.
     """
     family = FAMILIES[config.family]
-    form = form or family.forms[0]
+    form = form or _forms(config)[0]
     parts = first_parts(config)
     for layer in range(len(config.layers)):
         parts.append(attention_part(config, layer))
@@ -62,15 +69,15 @@ def layout(config: ModelConfig, form: Form | None = None) -> list[SubjectLayout]
         parts.extend(
             family.expert(config, layer, expert, form) for expert in range(config.experts_of(layer))
         )
-    return [*parts, *last_parts(config)]
+    parts.extend(last_parts(config))
+    return fp8_blocks(parts) if config.fp8 else parts
 
 
 def expert_layout(config: ModelConfig, subject: Subject, names: Collection[str]) -> SubjectLayout:
     """The tensors of an expert, in the form that has the local `names`."""
     name = parse_subject(subject)
     assert name.layer is not None and name.expert is not None
-    form = form_of_names(config, names)
-    return FAMILIES[config.family].expert(config, name.layer, name.expert, form)
+    return _expert(config, name.layer, name.expert, form_of_names(config, names))
 
 
 def form_of_names(config: ModelConfig, names: Collection[str]) -> Form:
@@ -84,10 +91,21 @@ def form_of_sources(config: ModelConfig, sources: Collection[str]) -> Form:
 
 
 def _form(config: ModelConfig, fits: Callable[[SubjectLayout], bool]) -> Form:
-    family = FAMILIES[config.family]
+    forms = _forms(config)
     layer = next(n for n in range(len(config.layers)) if config.experts_of(n))
-    fitting = (form for form in family.forms if fits(family.expert(config, layer, 0, form)))
-    return next(fitting, family.forms[0])
+    fitting = (form for form in forms if fits(_expert(config, layer, 0, form)))
+    return next(fitting, forms[0])
+
+
+def _forms(config: ModelConfig) -> tuple[Form, ...]:
+    """The forms in which experts may occur, the usual one first; FP8 ones are never fused."""
+    forms = FAMILIES[config.family].forms
+    return tuple(form for form in forms if form == "separate") if config.fp8 else forms
+
+
+def _expert(config: ModelConfig, layer: int, expert: int, form: Form) -> SubjectLayout:
+    part = FAMILIES[config.family].expert(config, layer, expert, form)
+    return fp8_blocks([part])[0] if config.fp8 else part
 
 
 def sources(config: ModelConfig, form: Form | None = None) -> dict[str, tuple[int, ...]]:

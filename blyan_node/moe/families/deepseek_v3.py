@@ -1,8 +1,10 @@
 """DeepSeek-V3 (arXiv 2412.19437): latent attention, groups of experts, shared experts.
 
-Its layers for predicting several tokens at once (`num_nextn_predict_layers`) are not computed by
-`transformers` either, which writes checkpoints without them. Their tensors are not read.
+As released its matrices are FP8 in blocks. Layers for predicting several tokens at once
+(`num_nextn_predict_layers`) are kept and not computed (`blyan_node.moe.mtp`).
 """
+
+from dataclasses import replace
 
 from blyan_node.moe.config import (
     DenseFeed,
@@ -17,6 +19,7 @@ from blyan_node.moe.families.family import Family
 from blyan_node.moe.layout import mlp_expert, mlp_parts
 from blyan_node.moe.reading import (
     read_experts,
+    read_fp8,
     read_hidden,
     read_intermediate,
     read_layers,
@@ -29,7 +32,8 @@ _CODE = {  # what the released files name; their code is never run
     "AutoModel": "modeling_deepseek.DeepseekV3Model",
     "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
 }
-_TRAINING = ("aux_loss_alpha", "ep_size", "num_nextn_predict_layers", "pretraining_tp", "seq_aux")
+_TRAINING = ("aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
+_MTP_LAYERS_MAX = 16
 
 
 def _read(fields: Fields) -> ModelConfig:
@@ -42,9 +46,12 @@ def _read(fields: Fields) -> ModelConfig:
     dense = DenseFeed(read_intermediate(fields), SiluGate())
     first = fields.integer("first_k_dense_replace", 0, count, min(3, count))
     layers = [LayerConfig(attention, dense if n < first else moe) for n in range(count)]
-    return read_model(
+    behind = fields.integer("num_nextn_predict_layers", 0, _MTP_LAYERS_MAX, 0)
+    fp8 = read_fp8(fields)
+    config = read_model(
         fields, "deepseek_v3", hidden, layers, theta=10_000.0, norm_eps=1e-6, mscale=True
     )
+    return replace(config, fp8=fp8, mtp_layers=behind)
 
 
 def _attention(fields: Fields) -> LatentAttention:

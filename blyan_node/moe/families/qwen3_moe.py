@@ -1,4 +1,7 @@
-"""Qwen3-MoE (arXiv 2505.09388): each head's queries and keys normed; layers may be dense."""
+"""Qwen3-MoE (arXiv 2505.09388): each head's queries and keys normed; layers may be dense.
+
+It is released as bfloat16, and as FP8 in blocks.
+"""
 
 from dataclasses import replace
 
@@ -8,6 +11,7 @@ from blyan_node.moe.layout import mlp_expert, mlp_parts
 from blyan_node.moe.reading import (
     read_attention,
     read_experts,
+    read_fp8,
     read_hidden,
     read_intermediate,
     read_layers,
@@ -39,7 +43,9 @@ def _read(fields: Fields) -> ModelConfig:
     )
     dense = DenseFeed(read_intermediate(fields), SiluGate())
     layers = [LayerConfig(attention, moe if sparse else dense) for sparse in _sparse(fields)]
-    return read_model(fields, "qwen3_moe", hidden, layers, theta=10_000.0, norm_eps=1e-6)
+    fp8 = read_fp8(fields)
+    config = read_model(fields, "qwen3_moe", hidden, layers, theta=10_000.0, norm_eps=1e-6)
+    return replace(config, fp8=fp8)
 
 
 def _window(fields: Fields) -> int | None:

@@ -123,16 +123,15 @@ def _widen(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
     ahead = _ahead(b, storage, matrix, k, length)
     with emit.counting(b, width) as number:
         (start,) = tile.rows_of(b, matrix, "weights", b.add(column, number), 1)
-        (scales,) = tile.rows_of(b, matrix, "block_scales", b.add(column, number), 1)
+        (scales,) = tile.scales_of(b, storage, matrix, b.add(column, number), 1)
         out = emit.at(b, weights, b.mul(number, emit.word(4 * _DEPTH)))
         with emit.counting(b, length, order.BLOCK) as offset:
             at = b.add(k, offset)
             block = emit.at(b, start, tile.length(b, storage, at))
             for line in range(0, storage.bytes(order.BLOCK), tile.LINE_BYTES):
                 emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
-            parts = storage.read(
-                b, block, emit.at(b, scales, b.lshr(at, emit.word(5))), target.lanes
-            )
+            scale = tile.scale_at(b, storage, scales, at)
+            parts = storage.read(b, block, scale, target.lanes)
             _store_block(b, parts, target, emit.at(b, out, b.shl(offset, emit.word(2))))
     b.ret_void()
     return b.function
@@ -156,8 +155,10 @@ def _widen_tail(module: ir.Module, storage: Storage, target: Target) -> ir.Funct
     block = emit.slot(b, ir.ArrayType(emit.I8, storage.bytes(order.BLOCK)))
     with emit.counting(b, width) as number:
         (start,) = tile.rows_of(b, matrix, "weights", b.add(column, number), 1)
+        (scales,) = tile.scales_of(b, storage, matrix, b.add(column, number), 1)
         pad(b, block, emit.at(b, start, tile.length(b, storage, k)), length, storage.bytes(1))
-        parts = storage.read(b, block, block, target.lanes)
+        scale = tile.scale_at(b, storage, scales, k)
+        parts = storage.read(b, block, scale, target.lanes)
         _store_block(b, parts, target, emit.at(b, weights, b.mul(number, emit.word(4 * _DEPTH))))
     b.ret_void()
     return b.function

@@ -52,7 +52,8 @@ class Matrix:
     """Weights [outs, depth] of one storage, read where they are: x · weightsᵀ · scales + biases.
 
     `weights` has `outs` rows of `depth` weights, one after another, at any address. mxfp4 has two
-    weights in a byte, the lower four bits first, and `block_scales` with a byte for each 32. Any
+    weights in a byte, the lower four bits first, and `block_scales` with a byte for each 32;
+    fp8_blocks has float32 `block_scales` for each 128 outs by 128 of their weights. Any
     storage may have `scales` and `biases`, float32 [outs]. The buffers are kept alive. By columns,
     float32, bfloat16 or float16 lie as [depth, outs], without scales.
     """
@@ -71,16 +72,18 @@ class Matrix:
         self.by_columns = by_columns
         self.storage = STORAGES[storage]
         self.outs, self.depth = shape
-        if self.storage.scaled != (block_scales is not None):
-            raise ValueError(f"{storage}: block_scales belong to mxfp4 and to nothing else")
-        if self.storage.scaled and self.depth % BLOCK:
+        grid = self.storage.grid
+        if (grid is not None) != (block_scales is not None):
+            raise ValueError(f"{storage}: block_scales belong to mxfp4 and fp8_blocks alone")
+        if self.storage.bits < 8 and self.depth % BLOCK:
             raise ValueError(f"{storage}: depth {self.depth} is not a multiple of {BLOCK}")
         if by_columns and (not self.storage.by_columns or scales is not None):
             raise ValueError(f"{storage}: it is not read by columns, nor is what has scales")
         self._buffers = (weights, block_scales, scales, biases)
         stride = self.storage.bytes(self.depth)
-        blocks = self.depth // BLOCK if self.storage.scaled else 0
-        lengths = (stride * self.outs, blocks * self.outs, 4 * self.outs, 4 * self.outs)
+        down, across = (0, 0) if grid is None else grid.shape(self.outs, self.depth)
+        scale_stride = 0 if grid is None else across * grid.size
+        lengths = (stride * self.outs, scale_stride * down, 4 * self.outs, 4 * self.outs)
         for buffer, length in zip(self._buffers, lengths, strict=True):
             if buffer is not None and _length(buffer) != length:
                 raise ValueError(f"{storage} {shape}: {_length(buffer)} bytes, not {length}")
@@ -89,7 +92,7 @@ class Matrix:
             weights=address(weights),
             weights_stride=self.storage.bytes(self.outs) if by_columns else stride,
             block_scales=0 if block_scales is None else address(block_scales),
-            block_scales_stride=blocks,
+            block_scales_stride=scale_stride,
             scales=address(_ONE if scales is None else scales),
             scales_stride=0 if scales is None else 4,
             biases=address(_NOTHING if biases is None else biases),

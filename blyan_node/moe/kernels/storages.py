@@ -19,10 +19,23 @@ Parts = Callable[[int], ir.Value]
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Scales of `size` bytes, each for `outs` by `depth` weights (powers of two; depth >= 32)."""
+
+    outs: int
+    depth: int
+    size: int
+
+    def shape(self, outs: int, depth: int) -> tuple[int, int]:
+        """How many scales a matrix has, by rows and by columns."""
+        return -(-outs // self.outs), -(-depth // self.depth)
+
+
+@dataclass(frozen=True)
 class Storage:
     """`bits` of a weight, and `read(b, block, scale, lanes)`: the parts of the block of 32 there.
 
-    `scale` points to the block's scale byte in a storage that has one (`scaled`). `effort` is 0
+    `scale` points to the block's scale in a storage that has a `grid` of them. `effort` is 0
     for weights that need no work to become float32, 1 for little and 2 for much. Those of
     checkpoints are also read `by_columns`.
     """
@@ -32,7 +45,7 @@ class Storage:
     read: Callable[[ir.IRBuilder, ir.Value, ir.Value, int], Parts]
     effort: int
     unit: float = 1.0
-    scaled: bool = False
+    grid: Grid | None = None
     by_columns: bool = False
 
     def bytes(self, weights: int) -> int:
@@ -94,6 +107,17 @@ def _fp8(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts
     return part
 
 
+def _fp8_blocks(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
+    """E4M3 numbers times the float32 scale of their block, rounded once.
+
+    The scale is taken 256 times: what the number is short of. That is exact, as it is bounded.
+    """
+    numbers = _fp8(b, block, scale, lanes)
+    whole = b.fmul(emit.load(b, FLOAT, scale), constant(FLOAT, 256.0))
+    factor = emit.broadcast(b, whole, lanes)
+    return lambda part: b.fmul(numbers(part), factor)
+
+
 # The upper byte of the float16 of each MXFP4 code; the lower byte is zero.
 _E2M1 = [0x00, 0x38, 0x3C, 0x3E, 0x40, 0x42, 0x44, 0x46]
 _E2M1 += [0x80 | byte for byte in _E2M1]
@@ -142,6 +166,7 @@ STORAGES = {
         Storage("float16", 16, _float16, 1, by_columns=True),
         Storage("int8", 8, _int8, 1),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
-        Storage("mxfp4", 4, _mxfp4, 2, scaled=True),
+        Storage("fp8_blocks", 8, _fp8_blocks, 2, grid=Grid(128, 128, 4)),
+        Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1)),
     )
 }

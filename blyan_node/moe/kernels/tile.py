@@ -143,7 +143,7 @@ def _tile(
     matrix, x, x_stride, y, y_stride, column, again = arguments
     xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
     weights = rows_of(b, matrix, "weights", column, columns)
-    scales = rows_of(b, matrix, "block_scales", column, columns)
+    scales = scales_of(b, storage, matrix, column, columns)
     sums = _Sums.zero(b, rows, columns, target.lanes)
     ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
     depth = field(b, matrix, "depth")
@@ -154,13 +154,13 @@ def _tile(
             block = emit.at(b, weight, length(b, storage, k))
             for line in range(0, storage.bytes(order.BLOCK), LINE_BYTES):
                 emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
-            block_scale = emit.at(b, scale, b.lshr(k, emit.word(5)))
-            parts.append(storage.read(b, block, block_scale, target.lanes))
+            parts.append(storage.read(b, block, scale_at(b, storage, scale, k), target.lanes))
         sums.add_block(b, [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs], parts)
     done = b.load(k_cell, typ=I64)
     if storage.bits >= 8:
         with b.if_then(b.icmp_signed("<", done, depth), likely=False):
-            _add_remainder(b, storage, sums, xs, weights, (done, depth))
+            places = zip(weights, (scale_at(b, storage, one, done) for one in scales), strict=True)
+            _add_remainder(b, storage, sums, xs, list(places), (done, depth))
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
     finish(b, storage, matrix, sums, ys, (column, columns))
     b.ret_void()
@@ -173,6 +173,26 @@ def rows_of(
     """The addresses of a field's values for each of some columns."""
     start, stride = field(b, matrix, name), field(b, matrix, f"{name}_stride")
     return [emit.at(b, start, b.mul(b.add(column, emit.word(j)), stride)) for j in range(columns)]
+
+
+def scales_of(
+    b: ir.IRBuilder, storage: Storage, matrix: ir.Value, column: ir.Value, columns: int
+) -> list[ir.Value]:
+    """The addresses of the first block scale of each of some columns; none are read without."""
+    if storage.grid is None or storage.grid.outs == 1:
+        return rows_of(b, matrix, "block_scales", column, columns)
+    start, stride = (field(b, matrix, name) for name in ("block_scales", "block_scales_stride"))
+    shift = emit.word(storage.grid.outs.bit_length() - 1)
+    rows = [b.lshr(b.add(column, emit.word(j)), shift) for j in range(columns)]
+    return [emit.at(b, start, b.mul(row, stride)) for row in rows]
+
+
+def scale_at(b: ir.IRBuilder, storage: Storage, scale: ir.Value, k: ir.Value) -> ir.Value:
+    """The address of the scale of the weights from `k` on, a multiple of 32."""
+    if storage.grid is None:
+        return scale
+    number = b.lshr(k, emit.word(storage.grid.depth.bit_length() - 1))
+    return emit.at(b, scale, b.mul(number, emit.word(storage.grid.size)))
 
 
 def length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
@@ -191,10 +211,13 @@ def _add_remainder(
     storage: Storage,
     sums: _Sums,
     xs: Sequence[ir.Value],
-    weights: Sequence[ir.Value],
+    weights: Sequence[tuple[ir.Value, ir.Value]],
     span: tuple[ir.Value, ir.Value],
 ) -> None:
-    """Adds the block that depth ends in, pair by pair; few models have one."""
+    """Adds the block that depth ends in, pair by pair; few models have one.
+
+    `weights` are addresses of columns' first weights, each with that of the block's scale.
+    """
     done, depth = span
     left = b.sub(depth, done)
     name = f"remainder_{storage.name}"
@@ -203,11 +226,11 @@ def _add_remainder(
     place = emit.slot(b, ir.ArrayType(FLOAT, order.PARTIAL_SUMS))
     for row, x in zip(sums.slots, xs, strict=True):
         x_left = emit.at(b, x, b.shl(done, emit.word(2)))
-        for pair, weight in zip(row, weights, strict=True):
+        for pair, (weight, scale) in zip(row, weights, strict=True):
             w_left = emit.at(b, weight, b.mul(done, emit.word(storage.bytes(1))))
             for number, register in enumerate(pair):
                 emit.store(b, b.load(register, typ=kind), place, 4 * sums.lanes * number)
-            b.call(function, [place, x_left, w_left, left])
+            b.call(function, [place, x_left, w_left, scale, left])
             for number, register in enumerate(pair):
                 b.store(emit.load(b, kind, place, 4 * sums.lanes * number), register)
 
@@ -217,14 +240,14 @@ def _remainder(module: ir.Module, name: str, storage: Storage, lanes: int) -> ir
 
     Reads nothing beyond the rows.
     """
-    places = (("place", POINTER), ("x", POINTER), ("weight", POINTER), ("left", I64))
-    b, (place, x, weight, left) = emit.define(module, name, places)
+    pointers = ((argument, POINTER) for argument in ("place", "x", "weight", "scale"))
+    b, (place, x, weight, scale, left) = emit.define(module, name, (*pointers, ("left", I64)))
     sums, kind = _Sums.zero(b, 1, 1, lanes), emit.vector(FLOAT, lanes)
     ((registers,),) = sums.slots
     for number, register in enumerate(registers):
         b.store(emit.load(b, kind, place, 4 * lanes * number), register)
     block = padded(b, weight, left, storage.bytes(1))
-    sums.add_block(b, [padded(b, x, left, 4)], [storage.read(b, block, block, lanes)])
+    sums.add_block(b, [padded(b, x, left, 4)], [storage.read(b, block, scale, lanes)])
     for number, register in enumerate(registers):
         emit.store(b, b.load(register, typ=kind), place, 4 * lanes * number)
     b.ret_void()

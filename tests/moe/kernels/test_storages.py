@@ -53,14 +53,38 @@ def _fp8_values(raw: Bytes, scales: Bytes) -> Floats:
     return torch.from_numpy(raw).view(torch.float8_e4m3fn).float().numpy() / np.float32(256)
 
 
+def _fp8_block_values(raw: Bytes, scales: Bytes) -> Floats:
+    numbers = torch.from_numpy(raw).view(torch.float8_e4m3fn).float().numpy()
+    spread = scales.view(np.float32).repeat(128, 0).repeat(128, 1)
+    with np.errstate(all="ignore"):
+        return numbers * spread[: raw.shape[0], : raw.shape[1]]
+
+
 VALUES: dict[str, Callable[[Bytes, Bytes], Floats]] = {
     "float32": _float_values(torch.float32),
     "bfloat16": _float_values(torch.bfloat16),
     "float16": _float_values(torch.float16),
     "int8": lambda raw, scales: raw.view(np.int8).astype(np.float32),
     "fp8": _fp8_values,
+    "fp8_blocks": _fp8_block_values,
     "mxfp4": _mxfp4_values,
 }
+
+
+def _block_scales(
+    name: str, outs: int, depth: int, random: np.random.Generator, *, wild: bool
+) -> Bytes | None:
+    """Random scales as they lie in memory, None for a storage without."""
+    grid = STORAGES[name].grid
+    if grid is None:
+        return None
+    shape = grid.shape(outs, depth)
+    if grid.size == 1:
+        return random.integers(0, 256, shape, np.uint8) if wild else random.integers(
+            100, 150, shape, np.uint8
+        )  # fmt: skip
+    size = np.exp2(random.integers(-140, 100, shape) if wild else random.integers(-9, 9, shape))
+    return (size * random.standard_normal(shape)).astype(np.float32).view(np.uint8)
 
 
 def _case(name: str, outs: int, depth: int, seed: int, *, every_code: bool) -> Case:
@@ -68,24 +92,24 @@ def _case(name: str, outs: int, depth: int, seed: int, *, every_code: bool) -> C
     random = np.random.default_rng(seed)
     storage = STORAGES[name]
     raw = random.integers(0, 256, (outs, storage.bytes(depth)), np.uint8)
-    scales = random.integers(0, 256, (outs, depth // 32), np.uint8)
+    scales = _block_scales(name, outs, depth, random, wild=every_code)
     if not every_code:
         tame = torch.randn(outs, depth, generator=torch.Generator().manual_seed(seed))
-        if name == "fp8":
+        if name.startswith("fp8"):
             raw = tame.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         elif storage.bits >= 16:
             raw = tame.to(getattr(torch, name)).view(torch.uint8).numpy()
-        scales = random.integers(100, 150, (outs, depth // 32), np.uint8)
     channel = random.standard_normal((2, outs)).astype(np.float32)
     matrix = Matrix(
         name,
         (outs, depth),
         raw,
-        block_scales=scales if storage.scaled else None,
+        block_scales=scales,
         scales=channel[0],
         biases=channel[1],
     )
-    return Case(matrix, VALUES[name](raw, scales), channel[0], channel[1])
+    values = VALUES[name](raw, raw if scales is None else scales)
+    return Case(matrix, values, channel[0], channel[1])
 
 
 def _x(rows: int, depth: int, seed: int) -> Floats:
@@ -101,7 +125,7 @@ def _differing(a: Floats, b: Floats) -> int:
 @pytest.mark.parametrize("every_code", [False, True])
 @pytest.mark.parametrize("name", STORAGES)
 def test_values_and_sums(kernels: Kernels, name: str, every_code: bool) -> None:
-    for depth in (32, 288) if STORAGES[name].scaled else (1, 31, 33, 64, 271):
+    for depth in (32, 288) if name == "mxfp4" else (1, 31, 33, 64, 271):
         case = _case(name, 9, depth, depth, every_code=every_code)
         x = _x(7, depth, depth)
         expected = case.expected(x)
@@ -117,7 +141,7 @@ def test_every_code_alone(kernels: Kernels, name: str) -> None:
     codes = np.arange(
         1 << max(8, storage.bits), dtype=np.uint16 if storage.bits == 16 else np.uint8
     )
-    if storage.scaled:
+    if name == "mxfp4":
         scales = np.arange(256, dtype=np.uint8)[:, None]
         raw = np.zeros((256, 16), np.uint8)
         raw[:, 0] = 0x10
@@ -125,13 +149,13 @@ def test_every_code_alone(kernels: Kernels, name: str) -> None:
     else:
         raw, scales, places = codes[:, None], np.zeros((codes.size, 0), np.uint8), range(1)
     for code in places:
-        if storage.scaled:
+        if name == "mxfp4":
             raw[:, 3] = code
-        depth = 32 if storage.scaled else 1
+        depth = 32 if name == "mxfp4" else 1
         x = np.zeros((1, depth), np.float32)
-        x[0, 6 if storage.scaled else 0] = 1
+        x[0, 6 if name == "mxfp4" else 0] = 1
         matrix = Matrix(
-            name, (len(raw), depth), raw.copy(), block_scales=scales if storage.scaled else None
+            name, (len(raw), depth), raw.copy(), block_scales=scales if name == "mxfp4" else None
         )
         expected = products(x, VALUES[name](raw.view(np.uint8), scales), unit=storage.unit)
         assert _differing(kernels.linear(torch.from_numpy(x), matrix).numpy(), expected) == 0
@@ -146,7 +170,7 @@ def test_nan_and_infinity_are_as_in_torch(kernels: Kernels, name: str) -> None:
         size = len(infinity[name])
         raw[3, 5 * size : 6 * size] = infinity[name]
         raw[4, 9 * size : 10 * size] = 0xFF  # NaN
-    elif name == "fp8":
+    elif name.startswith("fp8"):
         raw[3, 5], raw[4, 9] = 0x7F, 0xFF
     elif name == "mxfp4":
         scales[3, 1] = 255
@@ -236,10 +260,13 @@ def at_the_edge(length):
 
 kernels = load(Path(sys.argv[2]), next(t for t in runnable() if t.name == sys.argv[1]))
 for name, storage in STORAGES.items():
-    for depth in (32, 96) if storage.scaled else (1, 31, 33, 100, 1345):
+    for depth in (32, 96) if name == "mxfp4" else (1, 31, 33, 100, 1345):
         for rows in (1, 2, 5, 30):
             x, y = at_the_edge(4 * rows * depth), at_the_edge(4 * rows * 7)
-            scales = at_the_edge(7 * depth // 32) if storage.scaled else None
+            grid, scales = storage.grid, None
+            if grid is not None:
+                down, across = grid.shape(7, depth)
+                scales = at_the_edge(down * across * grid.size)
             weights = at_the_edge(7 * storage.bytes(depth))
             matrix = Matrix(name, (7, depth), weights, block_scales=scales)
             x, y = x.view(torch.float32), y.view(torch.float32)
@@ -259,6 +286,41 @@ def test_the_threads_rules_of_floating_point_do_not_matter(kernels: Kernels) -> 
     finally:
         torch.set_flush_denormal(False)
     assert _differing(found.numpy(), expected) == 0
+
+
+BLOCKED = ((192, 160), (300, 271), (128, 257), (129, 31), (5, 640))
+
+
+@pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize(("outs", "depth"), BLOCKED)
+def test_blocks_of_128_by_128_end_where_the_matrix_ends(
+    kernels: Kernels, outs: int, depth: int, wild: bool
+) -> None:
+    case = _case("fp8_blocks", outs, depth, 11, every_code=wild)
+    x = _x(70, depth, 12)
+    expected = case.expected(x)
+    for rows in (1, 2, 5, 70):
+        found = kernels.linear(torch.from_numpy(x[:rows]), case.matrix).numpy()
+        assert _differing(found, expected[:rows]) == 0, rows
+    if outs > 128 < depth and not wild:
+        for wrong in (_turned, _first_again):
+            assert _differing(wrong(case).expected(x), expected) > 0
+
+
+def _turned(case: Case) -> Case:
+    """The scales of a matrix [depth, outs] in the place of this one's."""
+    return _scaled_by(case, lambda scales: scales.T.reshape(scales.shape))
+
+
+def _first_again(case: Case) -> Case:
+    """The last, partial, row of blocks with the scales of the first."""
+    return _scaled_by(case, lambda scales: np.concatenate((scales[:-1], scales[:1])))
+
+
+def _scaled_by(case: Case, wrong: Callable[[Floats], Floats]) -> Case:
+    raw, scales = case.matrix._buffers[:2]
+    found = np.ascontiguousarray(wrong(scales.view(np.float32))).view(np.uint8)
+    return Case(case.matrix, _fp8_block_values(raw, found), case.scales, case.biases)
 
 
 def test_a_tensor_is_read_in_place(kernels: Kernels) -> None:
