@@ -9,14 +9,17 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import trio
+from torch import Tensor
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
-from blyan_node.moe.trunk import Attended, Trunk
+from blyan_node.moe.here import Here
+from blyan_node.moe.layer import Attended
+from blyan_node.moe.trunk import Trunk
 from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows
 from blyan_node.services.layers import Layers
-from blyan_node.services.near import Near, near
+from blyan_node.services.near import Near
 from protocols.ids import BlockId, Subject, parse_subject
 from protocols.precision import Precision
 
@@ -55,6 +58,7 @@ class Session:
     _cache: KVCache = field(init=False)
     _blocks: dict[int, dict[int, BlockId]] = field(init=False)
     _length: int = 0
+    _near: Near | None = None
 
     def __post_init__(self) -> None:
         self._blocks = {}
@@ -70,7 +74,10 @@ class Session:
         with holding.memory.cache(self.trunk.cache_bytes(positions)):
             await holding.clear()
             self._cache = self.trunk.new_cache(positions)
-            yield
+            try:
+                yield
+            finally:
+                self._give_back()
 
     async def extend(self, ids: Sequence[int], *, every: bool = False) -> Rows:
         """Passes `ids` on; logits [1, vocab] after the last, or [n, vocab] after each of them.
@@ -90,14 +97,29 @@ class Session:
     async def _pass(self, ids: Sequence[int], rows: slice | None) -> Rows | None:
         """One piece through every layer; the logits of `rows` of it."""
         if len(ids) > 1 or self.watch is not None:
+            self._give_back()
             return await self._walk(ids, rows, None)
-        holding, peer = self.layers.holding, self.layers.network.peer_id
-        with near(holding, self._blocks, self.precision) as here:
-            logits = await self._walk(ids, rows, here)
-            here.tell(self.account, holding, peer)
-        return logits
+        with self._nearby().token() as here:
+            return await self._walk(ids, rows, here)
 
-    async def _walk(self, ids: Sequence[int], rows: slice | None, here: Near | None) -> Rows | None:
+    def _nearby(self) -> Near:
+        """The experts that are kept here now."""
+        if self._near is None or not self._near.current:
+            self._give_back()
+            holding = self.layers.holding
+            given = (holding, self.trunk.config, self._blocks, self.precision, self._used)
+            self._near = Near(*given)
+        return self._near
+
+    def _give_back(self) -> None:
+        if self._near is not None:
+            self._near.close()
+            self._near = None
+
+    def _used(self, layer: int, expert: int, block: BlockId, rows: int) -> None:
+        self.account.computed(layer, expert, block, self.layers.network.peer_id, rows)
+
+    async def _walk(self, ids: Sequence[int], rows: slice | None, here: Here | None) -> Rows | None:
         met = await self._compute(partial(self._enter, ids, rows, here))
         while isinstance(met, _Met):
             outputs = await self._experts(met)
@@ -105,33 +127,15 @@ class Session:
         return met
 
     def _enter(
-        self, ids: Sequence[int], rows: slice | None, here: Near | None
+        self, ids: Sequence[int], rows: slice | None, here: Here | None
     ) -> _Met | Rows | None:
-        return self._met(self.trunk.walk(0, self.trunk.embed(ids), self._cache), rows, here)
+        return _met(self.trunk.enter(ids, self._cache, here, rows))
 
     def _leave(
-        self, met: _Met, outputs: Rows, rows: slice | None, here: Near | None
+        self, met: _Met, outputs: Rows, rows: slice | None, here: Here | None
     ) -> _Met | Rows | None:
-        return self._met(self._next(met.attended, outputs), rows, here)
-
-    def _next(self, attended: Attended, outputs: Rows) -> Attended:
-        x = self.trunk.combine(attended, tensor_of(outputs))
-        return self.trunk.walk(attended.layer + 1, x, self._cache)
-
-    def _met(self, attended: Attended, rows: slice | None, here: Near | None) -> _Met | Rows | None:
-        """Goes on for as long as the experts are here; what they need to compute if they are not.
-
-        After the last layer, the logits of `rows`.
-        """
-        while attended.routed is not None:
-            routed = attended.routed
-            normed, experts = array_of(routed.normed), array_of(routed.experts)
-            row = experts[0].tolist()
-            outputs = None if here is None else here.compute(attended.layer, normed, row)
-            if outputs is None:
-                return _Met(attended, normed, experts)
-            attended = self._next(attended, outputs)
-        return None if rows is None else array_of(self.trunk.logits(attended.residual[rows]))
+        given = (met.attended, tensor_of(outputs), self._cache, here, rows)
+        return _met(self.trunk.leave(*given))
 
     async def _experts(self, met: _Met) -> Rows:
         layer = met.attended.layer
@@ -150,3 +154,11 @@ class Session:
 
     async def _compute(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
+
+
+def _met(found: Attended | Tensor | None) -> _Met | Rows | None:
+    """What a layer needs of its experts, or the logits, as arrays."""
+    if not isinstance(found, Attended):
+        return None if found is None else array_of(found)
+    assert found.routed is not None
+    return _Met(found, array_of(found.routed.normed), array_of(found.routed.experts))
