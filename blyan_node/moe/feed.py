@@ -32,7 +32,7 @@ class FeedForward:
         return self._steps.described if isinstance(self._steps, Steps) else 0
 
     def describe(self, width: int) -> int:
-        """The address of its steps for one row (`Steps.describe`), which recorded arithmetic has."""
+        """The address of its steps for one row (`Steps.describe`), which kernels have."""
         assert isinstance(self._steps, Steps)
         return self._steps.describe(width)
 

@@ -81,15 +81,16 @@ class Latent:
     def record(self, program: Program, slot: int, projected: Sequence[Tensor]) -> Tensor:
         """`mix` for one row, recorded; `slot` is the layer's in the cache."""
         c, (queries, latent, key) = self._config, projected
-        stride, pairs = stride_bytes(c.kv_rank + c.rope_dim), {"interleaved": c.interleaved}
+        stride = stride_bytes(c.kv_rank + c.rope_dim)
         program.keep(slot, stride, latent)
-        program.keep(slot, stride, program.turn(key, **pairs), c.kv_rank)
+        program.keep(slot, stride, program.turn(key, interleaved=c.interleaved), c.kv_rank)
         heads = queries.view(c.heads, c.head_dim)
         absorbed = program.empty(c.heads, c.kv_rank + c.rope_dim)
         for head, product in enumerate(self._keys):
             here = slice(head, head + 1)
             program.copy(absorbed[here, : c.kv_rank], product(heads[here, : c.plain_dim]))
-        program.turn(heads[:, c.plain_dim :], absorbed[:, c.kv_rank :], **pairs)
+        turned = absorbed[:, c.kv_rank :]
+        program.turn(heads[:, c.plain_dim :], turned, interleaved=c.interleaved)
         places = (slot, stride), (slot, stride, c.kv_rank)
         attended = program.attend(absorbed, *places, 1, self._scale)
         out = program.empty(1, c.heads * c.value_dim)

@@ -31,6 +31,10 @@ class Attended:
     shared: Tensor | None = None  # [n, hidden]: of the experts that every token passes
 
 
+# A layer that waits for its experts, or logits [n, vocab], or None where none are wanted.
+Passed = Attended | Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer in three pieces; the one in the middle needs the positions before."""

@@ -25,7 +25,7 @@ from blyan_node.moe.families import layout
 from blyan_node.moe.feed import FeedForward
 from blyan_node.moe.here import Here
 from blyan_node.moe.latent import Latent
-from blyan_node.moe.layer import Attended, Layer, Routed
+from blyan_node.moe.layer import Attended, Layer, Passed, Routed
 from blyan_node.moe.precision import hold
 from blyan_node.moe.rope import RopeTable
 from blyan_node.moe.routing import route
@@ -171,7 +171,7 @@ class Trunk:
     @torch.inference_mode()
     def enter(
         self, ids: Sequence[int], cache: KVCache, here: Here | None, rows: slice | None
-    ) -> Attended | Tensor | None:
+    ) -> Passed:
         """Passes the next tokens on to the first layer whose experts are not all `here`.
 
         One token may have experts here. Behind the last layer it gives the logits of `rows` [n,
@@ -194,7 +194,7 @@ class Trunk:
         cache: KVCache,
         here: Here | None,
         rows: slice | None,
-    ) -> Attended | Tensor | None:
+    ) -> Passed:
         """As `enter`, from behind such a layer with its experts' rows [n, top_k, hidden]."""
         token = self._token
         if token is None or here is None or not token.lock.acquire(blocking=False):
@@ -207,7 +207,7 @@ class Trunk:
 
     def _on(
         self, attended: Attended, cache: KVCache, here: Here | None, rows: slice | None
-    ) -> Attended | Tensor | None:
+    ) -> Passed:
         """Layer by layer, while the experts of one row are here."""
         while attended.routed is not None:
             routed, outputs = attended.routed, None

@@ -9,12 +9,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import trio
-from torch import Tensor
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.here import Here
-from blyan_node.moe.layer import Attended
+from blyan_node.moe.layer import Attended, Passed
 from blyan_node.moe.trunk import Trunk
 from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows
@@ -156,7 +155,7 @@ class Session:
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
 
 
-def _met(found: Attended | Tensor | None) -> _Met | Rows | None:
+def _met(found: Passed) -> _Met | Rows | None:
     """What a layer needs of its experts, or the logits, as arrays."""
     if not isinstance(found, Attended):
         return None if found is None else array_of(found)

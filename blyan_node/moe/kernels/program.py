@@ -42,7 +42,7 @@ class Program:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """What is called within becomes the program. For the thread that has the recorder's lock."""
+        """What is called within becomes the program. The thread has the recorder's lock."""
         with self._kernels.recorder.program() as self._recording:
             yield
         self.count = self._recording.count
