@@ -51,28 +51,35 @@ class TokenPass:
         self._x = torch.empty(1, config.hidden)
         self._scores = torch.empty(0)
         self._stops: dict[int, _Stop] = {}  # by layer
-        self._program = program = Program(kernels)
+        self.program = program = Program(kernels)
         first = first_places(config)
         slots = 0
         with self.lock, program.recording():
             for number, layer in enumerate(layers):
                 program.layer()
+                program.part("projections")
                 projected = layer.before(self._x)
+                program.part("attention")
                 mixed = layer.attention.record(program, slots, projected)
                 slots += len(config.layers[number].attention.cached)
+                program.part("output and router")
                 residual, *more = layer.after(self._x, mixed)
                 out = residual
                 if isinstance(layer.feed, MoeFeed):
                     normed, scores, *shared = more
                     feed = layer.feed
+                    program.part("choosing")
                     chosen = record(program, scores, feed.top_k, feed.routing, layer.correction)
                     attended = Attended(number, residual, Routed(normed, *chosen), *shared)
+                    program.part("experts")
                     step = program.next
                     rows = program.experts(first[number], chosen[0], normed)
                     self._stops[number] = _Stop(step, attended, rows)
+                    program.part("combining")
                     out = combine(attended, rows)
                 program.copy(self._x, out)
             self._before_logits = program.next
+            program.part("head")
             self._logits = logits(self._x)
         self._layer_of = {stop.step: number for number, stop in self._stops.items()}
 
@@ -103,9 +110,9 @@ class TokenPass:
     ) -> Attended | Tensor:
         """From a step on, which belongs to a layer or to the end of the one before."""
         self._prepare(position, cache, here)
-        end = self._program.count if last else self._before_logits
+        end = self.program.count if last else self._before_logits
         while True:
-            stopped = self._program.walk(step, end)
+            stopped = self.program.walk(step, end)
             if stopped is None:
                 cache.appended(layer, len(self._config.layers), position + 1)
                 return (self._logits if last else self._x).clone()
@@ -118,7 +125,7 @@ class TokenPass:
             step, layer = stopped, number + 1
 
     def _prepare(self, position: int, cache: KVCache, here: Here) -> None:
-        now, program = self._program.now, self._program
+        now, program = self.program.now, self.program
         scores = program.score_heads * (position + 2)
         if self._scores.numel() < scores:
             self._scores = torch.empty(2 * scores)

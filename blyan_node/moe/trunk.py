@@ -75,7 +75,7 @@ class Trunk:
         self._layers = [self._layer(n, one, parts) for n, one in enumerate(config.layers)]
         ropes = list(self._ropes.values())
         given = (config, arithmetic, self._layers, ropes, self.combine, self.logits)
-        self._token = token_pass(*given)
+        self.token = token_pass(*given)
 
     def _layer(self, number: int, layer: LayerConfig, parts: Parts) -> Layer:
         given, feed, arithmetic = parts[f"layer{number}.attention"], layer.feed, self._arithmetic
@@ -177,7 +177,7 @@ class Trunk:
         One token may have experts here. Behind the last layer it gives the logits of `rows` [n,
         vocab], or None if those are of none. Raises `Refused` (BAD_INPUT) for unknown ids.
         """
-        x, token = self.embed(ids), self._token
+        x, token = self.embed(ids), self.token
         if token is None or here is None or not token.lock.acquire(blocking=False):
             return self._on(self.walk(0, x, cache), cache, here, rows)
         try:
@@ -196,7 +196,7 @@ class Trunk:
         rows: slice | None,
     ) -> Passed:
         """As `enter`, from behind such a layer with its experts' rows [n, top_k, hidden]."""
-        token = self._token
+        token = self.token
         if token is None or here is None or not token.lock.acquire(blocking=False):
             return self._on(self._behind(attended, outputs, cache), cache, here, rows)
         try:

@@ -38,7 +38,7 @@ class Program:
         self._kernels = kernels
         self._walk = kernels.kernel("walk", _PLACE, _PLACE, _COUNT, _COUNT).call
         self._here = ctypes.addressof(self.now)
-        self._parts: list[tuple[str, int]] = []
+        self._parts: list[tuple[int, str]] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -57,6 +57,16 @@ class Program:
     def next(self) -> int:
         """The number of the next step."""
         return self._recording.count
+
+    def part(self, name: str) -> None:
+        """Names what is recorded from here on, for those who measure."""
+        self._parts.append((self.next, name))
+
+    def parts(self) -> Iterator[tuple[int, int, str]]:
+        """The named spans of steps: first, last, name."""
+        ends = [first for first, _ in self._parts[1:]] + [self.count]
+        for (first, name), last in zip(self._parts, ends, strict=True):
+            yield first, last, name
 
     def layer(self) -> None:
         """Begins a layer: it may take the memory of what was recorded before."""
