@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -83,23 +83,37 @@ class Session:
 
         Within `room`. Raises `Refused` for an expert that is not available.
         """
-        logits: list[Rows] = []
+        return np.concatenate([rows async for rows in self._extend(ids, every, array_of)])
+
+    async def next(self, ids: Sequence[int], pick: Callable[[Any], int]) -> int:
+        """Passes `ids` on; the token that `pick` chooses by the logits [vocab] after the last.
+
+        In the compute thread, as long as it is there. Otherwise as `extend`.
+        """
+        (token,) = [token async for token in self._extend(ids, False, lambda rows: pick(rows[-1]))]
+        return token
+
+    async def _extend(
+        self, ids: Sequence[int], every: bool, take: Callable[[Any], T]
+    ) -> AsyncIterator[T]:
+        """What `take` makes of the logits of each piece that there are some of."""
         done = self._length
         for start, end in self.trunk.prefill_cuts(done, len(ids)):
             rows = slice(None) if every else slice(-1, None) if end == done + len(ids) else None
-            found = await self._pass(ids[start - done : end - done], rows)
-            if found is not None:
-                logits.append(found)
+            found = await self._pass(ids[start - done : end - done], rows, take)
             self._length = end
-        return np.concatenate(logits)
+            if found is not None:
+                yield found
 
-    async def _pass(self, ids: Sequence[int], rows: slice | None) -> Rows | None:
-        """One piece through every layer; the logits of `rows` of it."""
+    async def _pass(
+        self, ids: Sequence[int], rows: slice | None, take: Callable[[Any], T]
+    ) -> T | None:
+        """One piece through every layer; what `take` makes of the logits of `rows` of it."""
         if len(ids) > 1 or self.watch is not None:
             self._give_back()
-            return await self._walk(ids, rows, None)
+            return await self._walk(ids, rows, None, take)
         with self._nearby().token() as here:
-            return await self._walk(ids, rows, here)
+            return await self._walk(ids, rows, here, take)
 
     def _nearby(self) -> Near:
         """The experts that are kept here now."""
@@ -118,23 +132,38 @@ class Session:
     def _used(self, layer: int, expert: int, block: BlockId, rows: int) -> None:
         self.account.computed(layer, expert, block, self.layers.network.peer_id, rows)
 
-    async def _walk(self, ids: Sequence[int], rows: slice | None, here: Here | None) -> Rows | None:
-        met = await self._compute(partial(self._enter, ids, rows, here))
+    async def _walk(
+        self,
+        ids: Sequence[int],
+        rows: slice | None,
+        here: Here | None,
+        take: Callable[[Any], T],
+    ) -> T | None:
+        met = await self._compute(partial(self._enter, ids, rows, here, take))
         while isinstance(met, _Met):
             outputs = await self._experts(met)
-            met = await self._compute(partial(self._leave, met, outputs, rows, here))
+            met = await self._compute(partial(self._leave, met, outputs, rows, here, take))
         return met
 
     def _enter(
-        self, ids: Sequence[int], rows: slice | None, here: Here | None
-    ) -> _Met | Rows | None:
-        return _met(self.trunk.enter(ids, self._cache, here, rows))
+        self,
+        ids: Sequence[int],
+        rows: slice | None,
+        here: Here | None,
+        take: Callable[[Any], T],
+    ) -> _Met | T | None:
+        return _met(self.trunk.enter(ids, self._cache, here, rows), take)
 
     def _leave(
-        self, met: _Met, outputs: Rows, rows: slice | None, here: Here | None
-    ) -> _Met | Rows | None:
+        self,
+        met: _Met,
+        outputs: Rows,
+        rows: slice | None,
+        here: Here | None,
+        take: Callable[[Any], T],
+    ) -> _Met | T | None:
         given = (met.attended, tensor_of(outputs), self._cache, here, rows)
-        return _met(self.trunk.leave(*given))
+        return _met(self.trunk.leave(*given), take)
 
     async def _experts(self, met: _Met) -> Rows:
         layer = met.attended.layer
@@ -155,9 +184,9 @@ class Session:
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
 
 
-def _met(found: Passed) -> _Met | Rows | None:
-    """What a layer needs of its experts, or the logits, as arrays."""
+def _met(found: Passed, take: Callable[[Any], T]) -> _Met | T | None:
+    """What a layer needs of its experts, as arrays, or what `take` makes of the logits."""
     if not isinstance(found, Attended):
-        return None if found is None else array_of(found)
+        return None if found is None else take(found)
     assert found.routed is not None
     return _Met(found, array_of(found.routed.normed), array_of(found.routed.experts))
