@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blyan_node.moe.contract import Contract
 from blyan_node.moe.kernels import library
+from blyan_node.moe.kernels.library import Kernels
 from blyan_node.moe.kernels.targets import Unsupported, runnable
 from blyan_node.moe.numerics import Plain
 from blyan_node.moe.stored import Weight
@@ -66,6 +67,10 @@ class Arithmetic(Protocol):
         It takes rows [n, …] to rows [n, …] and does nothing but operations of this arithmetic on
         them, and views: for one row these may be done again without calling it.
         """
+
+    @property
+    def recorded_by(self) -> Kernels | None:
+        """What records the operations and makes them again; None if nothing does."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y, both [n, width]."""

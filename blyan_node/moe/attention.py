@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from blyan_node.moe.arithmetic import Arithmetic
-from blyan_node.moe.cache import KVCache
+from blyan_node.moe.cache import KVCache, stride_bytes
 from blyan_node.moe.config import GroupedAttention
+from blyan_node.moe.kernels.program import Program
 from blyan_node.moe.rope import RopeTable
 from blyan_node.moe.stored import Weight
 from blyan_node.moe.weights import vector
@@ -58,6 +59,20 @@ class Grouped:
             sinks=self._sinks,
         )
         return out.reshape(n, -1)
+
+    def record(self, program: Program, slot: int, projected: Sequence[Tensor]) -> Tensor:
+        """`mix` for one row, recorded; `slot` is the layer's first in the cache."""
+        c, stride = self._config, stride_bytes(self._config.head_dim)
+        query, key, value = (rows.view(-1, c.head_dim) for rows in projected)
+        if c.clip is not None:
+            for rows in (query, key, value):
+                program.clip(rows, c.clip)
+        program.keep(slot, stride, program.turn(key))
+        program.keep(slot + 1, stride, value)
+        places = (slot, stride), (slot + 1, stride, c.head_dim)
+        turned, given = program.turn(query), (c.kv_heads, self._scale)
+        out = program.attend(turned, *places, *given, window=c.window, sinks=self._sinks)
+        return out.view(1, -1)
 
     def output(self, mixed: Tensor) -> Tensor:
         """What `mix` gives → [n, hidden]."""

@@ -1,5 +1,7 @@
 """What a session keeps of the tokens that it has seen: keys and values, or what makes them."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ class KVCache:
         self._sizes = [layer.attention.cached for layer in config.layers]
         self._buffers: list[tuple[Tensor, ...] | None] = [None] * len(config.layers)
         self._lengths = [0] * len(config.layers)
+        self._room_of_all = 0  # that every layer had when the addresses were written
+        self._addresses = (ctypes.c_int64 * (2 * sum(map(len, self._sizes))))()
 
     @property
     def length(self) -> int:
@@ -59,6 +63,24 @@ class KVCache:
             for buffer, (_, dim) in zip(buffers, self._sizes[layer], strict=True)
         )
 
+    def addresses(self, positions: int) -> int:
+        """Where the buffers are, with room for so many positions: the address of a table.
+
+        By layer and buffer it has the address and the bytes from a head to the next (`walking`).
+        """
+        if positions > self._room_of_all:
+            rooms = [self._room(layer, positions) for layer in range(len(self._sizes))]
+            buffers = [buffer for of_layer in rooms for buffer in of_layer]
+            for number, buffer in enumerate(buffers):
+                self._addresses[2 * number] = buffer.data_ptr()
+                self._addresses[2 * number + 1] = 4 * buffer.stride(0)
+            self._room_of_all = min(buffer.shape[1] for buffer in buffers)
+        return ctypes.addressof(self._addresses)
+
+    def appended(self, first: int, last: int, length: int) -> None:
+        """Layers from `first` up to `last` have seen `length` positions: written by `addresses`."""
+        self._lengths[first:last] = [length] * (last - first)
+
     def _room(self, layer: int, positions: int) -> tuple[Tensor, ...]:
         buffers = self._buffers[layer]
         room = 0 if buffers is None else buffers[0].shape[1]
@@ -84,6 +106,11 @@ def bytes_of(config: ModelConfig, positions: int) -> int:
 
 def _empty(heads: int, dim: int, positions: int) -> Tensor:
     return torch.empty(heads, positions, _stride(dim))
+
+
+def stride_bytes(dim: int) -> int:
+    """The bytes from one position to the next where a position has so many float32."""
+    return 4 * _stride(dim)
 
 
 def _stride(dim: int) -> int:

@@ -34,6 +34,11 @@ class Contract:
     def __str__(self) -> str:
         return f"the {self.kernels.target.name} kernels"
 
+    @property
+    def recorded_by(self) -> Kernels | None:
+        """The kernels; None where several threads share each of them."""
+        return self.kernels if self.kernels.recorder.alone else None
+
     def steps(self, function: Rows) -> "Steps":
         """The same function, which calls no Python for one row after the first."""
         return Steps(self.kernels, function)
@@ -49,6 +54,7 @@ class Steps:
     def __init__(self, kernels: Kernels, function: Rows) -> None:
         self._recorder, self._function = kernels.recorder, function
         self._recording: Recording | None = None
+        self.described = 0  # where it is, once it was asked for
 
     def __call__(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """What the function gives."""
@@ -56,6 +62,17 @@ class Steps:
             return self._function(*rows)
         self._recording, results = self._recorder.played(self._recording, self._function, rows)
         return results
+
+    def describe(self, width: int) -> int:
+        """The address of a description of its steps for one row [1, width] (`walking.RECORDED`).
+
+        It is there for as long as this. For the thread that has the recorder's lock.
+        """
+        if not self.described:
+            if self._recording is None:
+                self._recording = self._recorder.dry(self._function, [torch.empty(1, width)])
+            self.described = self._recording.described()
+        return self.described
 
 
 class ContractProduct:

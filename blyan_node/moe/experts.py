@@ -43,3 +43,15 @@ class Expert:
     def apply(self, rows: Tensor) -> Tensor:
         """The unweighted results float32 [n, hidden] of rows [n, hidden]."""
         return self._network.apply(rows)
+
+    @property
+    def described(self) -> int:
+        """What `describe` has given, or 0."""
+        return self._network.described
+
+    def describe(self, hidden: int) -> int:
+        """The address of its steps for one row [1, hidden]; there for as long as the expert.
+
+        For the thread that has the recorder's lock, where the arithmetic is recorded.
+        """
+        return self._network.describe(hidden)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.config import Activation, ClampedGate
+from blyan_node.moe.contract import Steps
 from blyan_node.moe.stored import Weight
 
 
@@ -24,6 +25,16 @@ class FeedForward:
         }
 
         self._steps = arithmetic.steps(self._compute)
+
+    @property
+    def described(self) -> int:
+        """What `describe` has given, or 0."""
+        return self._steps.described if isinstance(self._steps, Steps) else 0
+
+    def describe(self, width: int) -> int:
+        """The address of its steps for one row (`Steps.describe`), which kernels have."""
+        assert isinstance(self._steps, Steps)
+        return self._steps.describe(width)
 
     def apply(self, x: Tensor) -> Tensor:
         """x [n, hidden] → [n, hidden]."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.arithmetic import Arithmetic
-from blyan_node.moe.cache import KVCache
+from blyan_node.moe.cache import KVCache, stride_bytes
 from blyan_node.moe.config import LatentAttention
+from blyan_node.moe.kernels.program import Program
 from blyan_node.moe.rope import RopeTable
 from blyan_node.moe.stored import Weight
 from blyan_node.moe.weights import vector
@@ -76,6 +77,27 @@ class Latent:
         )
         values = [product(attended[:, head]) for head, product in enumerate(self._values)]
         return torch.cat(values, dim=1)
+
+    def record(self, program: Program, slot: int, projected: Sequence[Tensor]) -> Tensor:
+        """`mix` for one row, recorded; `slot` is the layer's in the cache."""
+        c, (queries, latent, key) = self._config, projected
+        stride = stride_bytes(c.kv_rank + c.rope_dim)
+        program.keep(slot, stride, latent)
+        program.keep(slot, stride, program.turn(key, interleaved=c.interleaved), c.kv_rank)
+        heads = queries.view(c.heads, c.head_dim)
+        absorbed = program.empty(c.heads, c.kv_rank + c.rope_dim)
+        for head, product in enumerate(self._keys):
+            here = slice(head, head + 1)
+            program.copy(absorbed[here, : c.kv_rank], product(heads[here, : c.plain_dim]))
+        turned = absorbed[:, c.kv_rank :]
+        program.turn(heads[:, c.plain_dim :], turned, interleaved=c.interleaved)
+        places = (slot, stride), (slot, stride, c.kv_rank)
+        attended = program.attend(absorbed, *places, 1, self._scale)
+        out = program.empty(1, c.heads * c.value_dim)
+        for head, product in enumerate(self._values):
+            here = slice(head * c.value_dim, (head + 1) * c.value_dim)
+            program.copy(out[:, here], product(attended[head : head + 1]))
+        return out
 
     def output(self, mixed: Tensor) -> Tensor:
         """What `mix` gives → [n, hidden]."""

@@ -120,6 +120,7 @@ class Plain:
     """`blyan_node.moe.arithmetic.Arithmetic`, by torch."""
 
     aligned_bytes = _ALIGNED_BYTES
+    recorded_by = None
 
     def __init__(self, threads: int = 1) -> None:
         use_threads(threads)

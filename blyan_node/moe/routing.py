@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.config import Routing
+from blyan_node.moe.kernels.program import Program
 
 _LEAST = 1e-20  # keeps the division of weights that are all 0 defined
 
@@ -29,6 +30,25 @@ def route(
     return route_softmax(
         arithmetic, logits, top_k, over_chosen=over_chosen, renormalise=renormalise
     )
+
+
+def record(
+    program: Program,
+    logits: Tensor,
+    top_k: int,
+    routing: Routing,
+    correction: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`route` for the one row of logits [1, experts], recorded."""
+    if routing.score == "softmax_chosen":
+        return program.route(routing.score, logits, top_k)
+    variant = f"{routing.score}_renormalised" if routing.renormalise else routing.score
+    if routing.score == "softmax":
+        return program.route(variant, logits, top_k)
+    widened = None if correction is None else correction.float().contiguous()
+    place = 0 if widened is None else widened.data_ptr()
+    more = (place, routing.groups, routing.groups_chosen, float(routing.scaling))
+    return program.route(variant, logits, top_k, *more, kept=widened)
 
 
 def route_softmax(

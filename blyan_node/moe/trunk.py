@@ -6,18 +6,16 @@ Rows of one call are consecutive positions of one session. Which rows go togethe
 (`blyan_node.moe.arithmetic`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from blyan_node.moe.arithmetic import Arithmetic, Rows
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.attention import Grouped
 from blyan_node.moe.cache import KVCache, bytes_of
 from blyan_node.moe.config import (
     DenseFeed,
-    Feed,
     LatentAttention,
     LayerConfig,
     ModelConfig,
@@ -25,11 +23,14 @@ from blyan_node.moe.config import (
 )
 from blyan_node.moe.families import layout
 from blyan_node.moe.feed import FeedForward
+from blyan_node.moe.here import Here
 from blyan_node.moe.latent import Latent
+from blyan_node.moe.layer import Attended, Layer, Passed, Routed
 from blyan_node.moe.precision import hold
 from blyan_node.moe.rope import RopeTable
 from blyan_node.moe.routing import route
 from blyan_node.moe.stored import Weight, rows_of
+from blyan_node.moe.token_pass import token_pass
 from blyan_node.moe.weights import ReadWeights, vector
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
@@ -38,36 +39,6 @@ from protocols.precision import PUBLISHED, Precision
 
 PREFILL_ROWS = 128  # an expert that sees a fourth of them still has many (`kernels.blocks`)
 Parts = dict[str, dict[str, Weight]]
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """What goes to the experts of a layer, whoever holds them."""
-
-    normed: Tensor  # [n, hidden]: what they see
-    experts: Tensor  # int64 [n, top_k], the router's order
-    weights: Tensor  # float32 [n, top_k]
-
-
-@dataclass(frozen=True, slots=True)
-class Attended:
-    """One layer's rows. With `routed` None the layer is dense and `residual` is its output."""
-
-    layer: int
-    residual: Tensor  # [n, hidden]
-    routed: Routed | None
-    shared: Tensor | None = None  # [n, hidden]: of the experts that every token passes
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer in three pieces; the one in the middle needs the positions before."""
-
-    before: Rows  # x → what goes into the attention
-    mix: Callable[[int, Sequence[Tensor], KVCache], Tensor]
-    after: Rows  # x and what was mixed → output; or residual, normed, logits, shared experts
-    feed: Feed
-    correction: Tensor | None  # of the router
 
 
 class Trunk:
@@ -102,8 +73,11 @@ class Trunk:
         self._head = arithmetic.product(embedding if config.tied else parts["head"]["weight"])
         self._ropes: dict[int, RopeTable] = {}
         self._layers = [self._layer(n, one, parts) for n, one in enumerate(config.layers)]
+        ropes = list(self._ropes.values())
+        given = (config, arithmetic, self._layers, ropes, self.combine, self.logits)
+        self.token = token_pass(*given)
 
-    def _layer(self, number: int, layer: LayerConfig, parts: Parts) -> _Layer:
+    def _layer(self, number: int, layer: LayerConfig, parts: Parts) -> Layer:
         given, feed, arithmetic = parts[f"layer{number}.attention"], layer.feed, self._arithmetic
         dim = layer.attention.rope_dim
         if dim not in self._ropes:
@@ -131,9 +105,9 @@ class Trunk:
                 return (arithmetic.add(residual, *here),)
             return residual, normed, chooser(normed), *here
 
-        return _Layer(
+        return Layer(
             before=arithmetic.steps(before),
-            mix=loaded.mix,
+            attention=loaded,
             after=arithmetic.steps(after),
             feed=feed,
             correction=vector(router, "correction") if router else None,
@@ -193,6 +167,60 @@ class Trunk:
                 return attended
             layer, x = layer + 1, attended.residual
         return Attended(layer, x, None)
+
+    @torch.inference_mode()
+    def enter(
+        self, ids: Sequence[int], cache: KVCache, here: Here | None, rows: slice | None
+    ) -> Passed:
+        """Passes the next tokens on to the first layer whose experts are not all `here`.
+
+        One token may have experts here. Behind the last layer it gives the logits of `rows` [n,
+        vocab], or None if those are of none. Raises `Refused` (BAD_INPUT) for unknown ids.
+        """
+        x, token = self.embed(ids), self.token
+        if token is None or here is None or not token.lock.acquire(blocking=False):
+            return self._on(self.walk(0, x, cache), cache, here, rows)
+        try:
+            found = token.enter(x, cache, here, last=rows is not None)
+        finally:
+            token.lock.release()
+        return found if isinstance(found, Attended) or rows is not None else None
+
+    @torch.inference_mode()
+    def leave(
+        self,
+        attended: Attended,
+        outputs: Tensor,
+        cache: KVCache,
+        here: Here | None,
+        rows: slice | None,
+    ) -> Passed:
+        """As `enter`, from behind such a layer with its experts' rows [n, top_k, hidden]."""
+        token = self.token
+        if token is None or here is None or not token.lock.acquire(blocking=False):
+            return self._on(self._behind(attended, outputs, cache), cache, here, rows)
+        try:
+            found = token.leave(attended, outputs, cache, here, last=rows is not None)
+        finally:
+            token.lock.release()
+        return found if isinstance(found, Attended) or rows is not None else None
+
+    def _on(
+        self, attended: Attended, cache: KVCache, here: Here | None, rows: slice | None
+    ) -> Passed:
+        """Layer by layer, while the experts of one row are here."""
+        while attended.routed is not None:
+            routed, outputs = attended.routed, None
+            if here is not None:
+                numbers = routed.experts[0].tolist()
+                outputs = here.compute(attended.layer, routed.normed, numbers)
+            if outputs is None:
+                return attended
+            attended = self._behind(attended, outputs, cache)
+        return None if rows is None else self.logits(attended.residual[rows])
+
+    def _behind(self, attended: Attended, outputs: Tensor, cache: KVCache) -> Attended:
+        return self.walk(attended.layer + 1, self.combine(attended, outputs), cache)
 
     @torch.inference_mode()
     def combine(self, attended: Attended, rows: Tensor) -> Tensor:

@@ -213,9 +213,7 @@ class Generation:
     async def _decode(self, asked: Question, answer: _Answer, writer: Writer) -> Finish:
         ids = asked.prompt
         while True:
-            logits = await answer.session.extend(ids)
-            pick = partial(asked.sampler.pick, tensor_of(logits[-1]))
-            token = await trio.to_thread.run_sync(pick, limiter=self._compute)
+            token = await answer.session.next(ids, asked.sampler.pick)
             finish = await writer.put(token)
             if finish is not None:
                 return finish

@@ -14,6 +14,7 @@ itself is beside them, so an expert is named by its block and its precision.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
@@ -37,6 +38,13 @@ from storage.store import Store
 log = logging.getLogger(__name__)
 
 
+class Borrower(Protocol):
+    """Who uses experts for a long time, a moment here and a moment there."""
+
+    def give_back(self) -> None:
+        """Ends its use of all, at once or after the moment that this is."""
+
+
 # What may be let go to load an expert.
 _WORTH = {Reason.ORDER: Sort.IDLE, Reason.PLACEMENT: Sort.PASSING, Reason.PASSING: Sort.PLACED}
 
@@ -58,6 +66,8 @@ class Holding:
     ) -> None:
         self.arithmetic, self.precision = arithmetic, precision
         self.changes = Changes()
+        self.borrowers: set[Borrower] = set()
+        self.version = 0  # of what is held, and why
         self.memory = Memory(memory_bytes)
         self.memory.lender(Sort.PASSING, lambda size: self._let_go(size, Reason.PASSING))
         self.memory.lender(Sort.PLACED, lambda size: self._let_go(size, Reason.PLACEMENT))
@@ -113,6 +123,7 @@ class Holding:
         held = self._held[block, self.precision]
         if held.reason is not Reason.ORDER:
             held.reason = reason
+        self.version += 1
         await trio.to_thread.run_sync(
             lambda: self._store.pin(block, reason=Pin.HELD), limiter=self._limiter
         )
@@ -176,13 +187,20 @@ class Holding:
 
     def _let_go(self, size: int, reason: Reason) -> None:
         """Lets experts of `reason` that nobody uses go until `size` bytes are free."""
+        self._ask_back()
         for held in list(self._held.values()):
             if self.memory.free >= size:
                 break
             if held.reason is reason and not held.users:
                 self._remove(held)
 
+    def _ask_back(self) -> None:
+        for borrower in tuple(self.borrowers):
+            borrower.give_back()
+
     def _remove(self, held: Held) -> None:
+        self._ask_back()
+        self.version += 1
         key = (held.what.block, held.precision)
         del self._held[key]
         self._gone[key] = held.reason
@@ -220,6 +238,7 @@ class Holding:
         self.memory.experts -= size - expert.bytes
         self.memory.copied += expert.copied
         self._held[key] = Held(what, precision, expert, config.hidden, expert.bytes, reason)
+        self.version += 1
         log.info(
             "loaded layer %d expert %d as %s (%s)",
             what.layer, what.expert, expert.storage, reason.value,

@@ -4,60 +4,87 @@ A token of a model of thirty layers would change threads sixty times; where its 
 it does so once. What is not here is left to `blyan_node.services.layers`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
-import numpy as np
-
-from blyan_node.services.account import Account
-from blyan_node.services.compute import Rows, apply_expert
-from blyan_node.services.held import Held
+from blyan_node.moe.config import ModelConfig
+from blyan_node.moe.here import Here
 from blyan_node.services.holding import Holding
-from protocols.ids import BlockId, PeerId
+from protocols.ids import BlockId
 from protocols.precision import Precision
 
 Blocks = Mapping[int, Mapping[int, BlockId]]  # by layer and expert
 
 
 class Near:
-    """Experts that are kept here, by layer and number; they stay for as long as this is used."""
+    """The experts of a session that are kept here, from token to token.
 
-    def __init__(self, held: Mapping[tuple[int, int], Held]) -> None:
-        self._held = held
-        self._used: list[Held] = []
+    They are in use during a token, and given back between two if something else needs their memory
+    or drops one.
+    """
 
-    def compute(self, layer: int, row: Rows, experts: Sequence[int]) -> Rows | None:
-        """The unweighted outputs [1, top_k, hidden] of `row` [1, hidden]; None if one is not here.
+    def __init__(
+        self,
+        holding: Holding,
+        config: ModelConfig,
+        blocks: Blocks,
+        precision: Precision,
+        used: Callable[[int, int, BlockId, int], None],
+    ) -> None:
+        """Those of `blocks` in that precision.
 
-        For compute threads.
+        In the end `used` is told of each that was: its layer, number and block, and of how many
+        rows.
         """
-        held = [self._held.get((layer, expert)) for expert in experts]
-        found = [one for one in held if one is not None]
-        if len(found) < len(held):
-            return None
-        out = np.empty((1, len(found), row.shape[1]), np.float32)
-        for rank, one in enumerate(found):
-            out[0, rank] = apply_expert(one.expert, row)[0]
-        self._used += found
-        return out
-
-    def tell(self, account: Account, holding: Holding, peer: PeerId) -> None:
-        """Says which experts were used: to the request's account, and to whoever lets them go."""
-        for one in self._used:
-            account.computed(one.what.layer, one.what.expert, one.what.block, peer, 1)
-        with holding.use([one.what.block for one in {id(o): o for o in self._used}.values()]):
-            self._used.clear()
-
-
-@contextmanager
-def near(holding: Holding, blocks: Blocks, precision: Precision) -> Iterator[Near]:
-    """The kept experts among `blocks` in that precision."""
-    kept = [
-        (layer, expert, block)
-        for layer, experts in blocks.items()
-        for expert, block in experts.items()
-        if precision == holding.precision and holding.keeps(block)
-    ]
-    with holding.use([block for _, _, block in kept], precision) as held:
+        self._holding, self._blocks, self._version = holding, blocks, holding.version
+        self._used = used
+        kept = [
+            (layer, expert, block)
+            for layer, experts in blocks.items()
+            for expert, block in experts.items()
+            if precision == holding.precision and holding.keeps(block)
+        ]
+        self._open = ExitStack()
+        held = self._open.enter_context(holding.use([block for *_, block in kept], precision))
         assert held is not None, "they are kept, and nothing has run since"
-        yield Near({(n, e): one for (n, e, _), one in zip(kept, held, strict=True)})
+        pairs = zip(kept, held, strict=True)
+        self._here = Here(config, {(n, e): one.expert for (n, e, _), one in pairs})
+        self._busy = self._asked = self._closed = False
+        holding.borrowers.add(self)
+
+    @property
+    def current(self) -> bool:
+        """Whether these are all that are kept here now."""
+        return not self._closed and self._version == self._holding.version
+
+    @contextmanager
+    def token(self) -> Iterator[Here]:
+        """What the trunk computes a token with; they are in use within."""
+        self._busy = True
+        try:
+            yield self._here
+        finally:
+            self._busy = False
+            if self._asked:
+                self.close()
+
+    def give_back(self) -> None:
+        """Ends the use of all of them, after the token that is being computed."""
+        self._asked = True
+        if not self._busy:
+            self.close()
+
+    def close(self) -> None:
+        """Ends their use, and says which were used: also to whoever lets the others go first."""
+        if self._closed:
+            return
+        self._closed = True
+        self._holding.borrowers.discard(self)
+        self._open.close()
+        used = []
+        for layer, expert, rows in self._here.used():
+            block = self._blocks[layer][expert]
+            self._used(layer, expert, block, rows)
+            used.append(block)
+        with self._holding.use([block for block in used if self._holding.keeps(block)]):
+            pass

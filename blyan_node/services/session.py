@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,13 @@ import trio
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
-from blyan_node.moe.trunk import Attended, Trunk
+from blyan_node.moe.here import Here
+from blyan_node.moe.layer import Attended, Passed
+from blyan_node.moe.trunk import Trunk
 from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows
 from blyan_node.services.layers import Layers
-from blyan_node.services.near import Near, near
+from blyan_node.services.near import Near
 from protocols.ids import BlockId, Subject, parse_subject
 from protocols.precision import Precision
 
@@ -55,6 +57,7 @@ class Session:
     _cache: KVCache = field(init=False)
     _blocks: dict[int, dict[int, BlockId]] = field(init=False)
     _length: int = 0
+    _near: Near | None = None
 
     def __post_init__(self) -> None:
         self._blocks = {}
@@ -70,68 +73,97 @@ class Session:
         with holding.memory.cache(self.trunk.cache_bytes(positions)):
             await holding.clear()
             self._cache = self.trunk.new_cache(positions)
-            yield
+            try:
+                yield
+            finally:
+                self._give_back()
 
     async def extend(self, ids: Sequence[int], *, every: bool = False) -> Rows:
         """Passes `ids` on; logits [1, vocab] after the last, or [n, vocab] after each of them.
 
         Within `room`. Raises `Refused` for an expert that is not available.
         """
-        logits: list[Rows] = []
+        return np.concatenate([rows async for rows in self._extend(ids, every, array_of)])
+
+    async def next(self, ids: Sequence[int], pick: Callable[[Any], int]) -> int:
+        """Passes `ids` on; the token that `pick` chooses by the logits [vocab] after the last.
+
+        In the compute thread, as long as it is there. Otherwise as `extend`.
+        """
+        (token,) = [token async for token in self._extend(ids, False, lambda rows: pick(rows[-1]))]
+        return token
+
+    async def _extend(
+        self, ids: Sequence[int], every: bool, take: Callable[[Any], T]
+    ) -> AsyncIterator[T]:
+        """What `take` makes of the logits of each piece that there are some of."""
         done = self._length
         for start, end in self.trunk.prefill_cuts(done, len(ids)):
             rows = slice(None) if every else slice(-1, None) if end == done + len(ids) else None
-            found = await self._pass(ids[start - done : end - done], rows)
-            if found is not None:
-                logits.append(found)
+            found = await self._pass(ids[start - done : end - done], rows, take)
             self._length = end
-        return np.concatenate(logits)
+            if found is not None:
+                yield found
 
-    async def _pass(self, ids: Sequence[int], rows: slice | None) -> Rows | None:
-        """One piece through every layer; the logits of `rows` of it."""
+    async def _pass(
+        self, ids: Sequence[int], rows: slice | None, take: Callable[[Any], T]
+    ) -> T | None:
+        """One piece through every layer; what `take` makes of the logits of `rows` of it."""
         if len(ids) > 1 or self.watch is not None:
-            return await self._walk(ids, rows, None)
-        holding, peer = self.layers.holding, self.layers.network.peer_id
-        with near(holding, self._blocks, self.precision) as here:
-            logits = await self._walk(ids, rows, here)
-            here.tell(self.account, holding, peer)
-        return logits
+            self._give_back()
+            return await self._walk(ids, rows, None, take)
+        with self._nearby().token() as here:
+            return await self._walk(ids, rows, here, take)
 
-    async def _walk(self, ids: Sequence[int], rows: slice | None, here: Near | None) -> Rows | None:
-        met = await self._compute(partial(self._enter, ids, rows, here))
+    def _nearby(self) -> Near:
+        """The experts that are kept here now."""
+        if self._near is None or not self._near.current:
+            self._give_back()
+            holding = self.layers.holding
+            given = (holding, self.trunk.config, self._blocks, self.precision, self._used)
+            self._near = Near(*given)
+        return self._near
+
+    def _give_back(self) -> None:
+        if self._near is not None:
+            self._near.close()
+            self._near = None
+
+    def _used(self, layer: int, expert: int, block: BlockId, rows: int) -> None:
+        self.account.computed(layer, expert, block, self.layers.network.peer_id, rows)
+
+    async def _walk(
+        self,
+        ids: Sequence[int],
+        rows: slice | None,
+        here: Here | None,
+        take: Callable[[Any], T],
+    ) -> T | None:
+        met = await self._compute(partial(self._enter, ids, rows, here, take))
         while isinstance(met, _Met):
             outputs = await self._experts(met)
-            met = await self._compute(partial(self._leave, met, outputs, rows, here))
+            met = await self._compute(partial(self._leave, met, outputs, rows, here, take))
         return met
 
     def _enter(
-        self, ids: Sequence[int], rows: slice | None, here: Near | None
-    ) -> _Met | Rows | None:
-        return self._met(self.trunk.walk(0, self.trunk.embed(ids), self._cache), rows, here)
+        self,
+        ids: Sequence[int],
+        rows: slice | None,
+        here: Here | None,
+        take: Callable[[Any], T],
+    ) -> _Met | T | None:
+        return _met(self.trunk.enter(ids, self._cache, here, rows), take)
 
     def _leave(
-        self, met: _Met, outputs: Rows, rows: slice | None, here: Near | None
-    ) -> _Met | Rows | None:
-        return self._met(self._next(met.attended, outputs), rows, here)
-
-    def _next(self, attended: Attended, outputs: Rows) -> Attended:
-        x = self.trunk.combine(attended, tensor_of(outputs))
-        return self.trunk.walk(attended.layer + 1, x, self._cache)
-
-    def _met(self, attended: Attended, rows: slice | None, here: Near | None) -> _Met | Rows | None:
-        """Goes on for as long as the experts are here; what they need to compute if they are not.
-
-        After the last layer, the logits of `rows`.
-        """
-        while attended.routed is not None:
-            routed = attended.routed
-            normed, experts = array_of(routed.normed), array_of(routed.experts)
-            row = experts[0].tolist()
-            outputs = None if here is None else here.compute(attended.layer, normed, row)
-            if outputs is None:
-                return _Met(attended, normed, experts)
-            attended = self._next(attended, outputs)
-        return None if rows is None else array_of(self.trunk.logits(attended.residual[rows]))
+        self,
+        met: _Met,
+        outputs: Rows,
+        rows: slice | None,
+        here: Here | None,
+        take: Callable[[Any], T],
+    ) -> _Met | T | None:
+        given = (met.attended, tensor_of(outputs), self._cache, here, rows)
+        return _met(self.trunk.leave(*given), take)
 
     async def _experts(self, met: _Met) -> Rows:
         layer = met.attended.layer
@@ -150,3 +182,11 @@ class Session:
 
     async def _compute(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
+
+
+def _met(found: Passed, take: Callable[[Any], T]) -> _Met | T | None:
+    """What a layer needs of its experts, as arrays, or what `take` makes of the logits."""
+    if not isinstance(found, Attended):
+        return None if found is None else take(found)
+    assert found.routed is not None
+    return _Met(found, array_of(found.routed.normed), array_of(found.routed.experts))

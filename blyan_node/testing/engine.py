@@ -11,7 +11,8 @@ from blyan_node.moe.cache import KVCache
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.families import layout
-from blyan_node.moe.trunk import Routed, Trunk
+from blyan_node.moe.layer import Routed
+from blyan_node.moe.trunk import Trunk
 from blyan_node.moe.weights import ReadWeights
 from blyan_node.testing.arithmetic import best
 from protocols.dag.header import Kind

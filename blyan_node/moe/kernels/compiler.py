@@ -11,12 +11,14 @@ from llvmlite import ir
 from blyan_node.moe.kernels import (
     attention,
     blocks,
+    choosing,
     columns,
     emit,
     epilogues,
     reading,
     sequence,
     tile,
+    walking,
 )
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
@@ -40,6 +42,8 @@ def describe(target: Target) -> ir.Module:
     export(module, attention.attention(module, target))
     export(module, reading.read(module))
     export(module, sequence.run(module))
+    for function in (*choosing.all_choices(module), *walking.all_steps(module, target)):
+        export(module, function)
     return module
 
 

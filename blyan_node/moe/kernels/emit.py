@@ -49,11 +49,14 @@ def store(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, offset: ir.Value 
     b.store(value, at(b, pointer, offset), align=1)
 
 
-def slot(b: ir.IRBuilder, kind: ir.Type, value: ir.Value | None = None) -> ir.Value:
+def slot(
+    b: ir.IRBuilder, kind: ir.Type, value: ir.Value | None = None, align: int | None = None
+) -> ir.Value:
     """A place on the stack of the function, holding `value` from here on."""
     with b.goto_entry_block():
         b.position_at_start(b.block)
         place = b.alloca(kind)
+        place.align = align
         place.type = POINTER
     if value is not None:
         b.store(value, place)

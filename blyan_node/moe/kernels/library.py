@@ -92,7 +92,9 @@ class Kernels:
         assert x.shape == (rows, depth) and out.shape == (rows, outs) and 0 <= begin <= end <= outs
         kernel = (self._columns if matrix.by_columns else self._linear)[matrix.storage.name]
         given = (matrix.place, *_rows(x), rows, *_rows(out))
-        if self._workers.threads == 1:
+        if self._dry:
+            pass
+        elif self._workers.threads == 1:
             kernel.call(*given, begin, end)
         else:
             self._share(kernel, given, (begin, end), rows * depth)
@@ -112,13 +114,22 @@ class Kernels:
 
         self._workers.share(part, end - begin, products * (end - begin), _COLUMNS_STEP)
 
+    @property
+    def _dry(self) -> bool:
+        return self.recorder.active is not None and self.recorder.active.dry
+
+    def kernel(self, name: str, *arguments: object) -> Kernel:
+        """The function `call_NAME`, by the ctypes of its arguments."""
+        return self._code.function(f"call_{name}", arguments)
+
     def _empty(self, *shape: int) -> Tensor:
         recording = self.recorder.active
         return torch.empty(shape) if recording is None else recording.empty(*shape)
 
     def _call(self, name: str, *given: int | float, weights: object = None) -> None:
         kernel = self._epilogues[name]
-        kernel.call(*given)
+        if not self._dry:
+            kernel.call(*given)
         if self.recorder.active is not None:
             share = partial(kernel.call, *given)
             self.recorder.active.add(kernel.address, given, share, weights)
@@ -141,7 +152,6 @@ class Kernels:
         n, ranks, width = rows.shape
         assert weights.shape == (n, ranks) and residual.shape == (n, width) and ranks > 0
         assert weights.is_contiguous() and rows.is_contiguous() and weights.dtype == torch.float32
-        assert self.recorder.active is None  # the weights are other ones for each row
         out = self._empty(n, width)
         self._call(
             "combine", *_rows(out), *_rows(residual), *_rows(rows.view(n, ranks * width)),

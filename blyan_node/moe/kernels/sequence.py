@@ -18,12 +18,16 @@ ARGUMENTS = (("steps", POINTER), ("count", I64))
 def run(module: ir.Module) -> ir.Function:
     """Makes `count` steps, one after another."""
     b, (steps, count) = emit.define(module, "run", ARGUMENTS)
-    kind = ir.FunctionType(emit.VOID, [I64] * WORDS + [FLOAT] * FLOATS)
     with emit.counting(b, count) as number:
-        step = emit.at(b, steps, b.mul(number, emit.word(STEP_BYTES)))
-        words = [emit.load(b, I64, step, 8 * (1 + i)) for i in range(WORDS)]
-        floats = [emit.load(b, FLOAT, step, 8 * (1 + WORDS) + 4 * i) for i in range(FLOATS)]
-        kernel = emit.load(b, kind.as_pointer(), step)
-        b.call(kernel, words + floats)
+        make(b, steps, number)
     b.ret_void()
     return b.function
+
+
+def make(b: ir.IRBuilder, steps: ir.Value, number: ir.Value) -> None:
+    """Makes one of the steps."""
+    kind = ir.FunctionType(emit.VOID, [I64] * WORDS + [FLOAT] * FLOATS)
+    step = emit.at(b, steps, b.mul(number, emit.word(STEP_BYTES)))
+    words = [emit.load(b, I64, step, 8 * (1 + i)) for i in range(WORDS)]
+    floats = [emit.load(b, FLOAT, step, 8 * (1 + WORDS) + 4 * i) for i in range(FLOATS)]
+    b.call(emit.load(b, kind.as_pointer(), step), words + floats)

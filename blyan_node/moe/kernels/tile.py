@@ -10,7 +10,7 @@ from typing import Protocol
 
 from llvmlite import ir
 
-from blyan_node.moe.kernels import emit, order
+from blyan_node.moe.kernels import emit, order, raised
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
 from blyan_node.moe.kernels.padding import padded
 from blyan_node.moe.kernels.storages import Parts, Storage
@@ -48,6 +48,11 @@ def product(
     b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
     tiles: dict[tuple[int, int], ir.Function] = {}
+    shapes = target.tiles[storage.effort]
+    if storage.raised is not None and raised.helps(target):
+        one, width = storage.raised, shapes.few[1][1]
+        makers = {n: _tile(module, one, target, (1, n)) for n in (width, 1)}
+        raised.one_row(b, target, arguments, field(b, matrix, "depth"), makers)
 
     def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
         """Covers what is left of the columns, `width` at a time, by tiles of these heights."""
@@ -71,7 +76,6 @@ def product(
             b.call(many, arguments)
             b.ret_void()
     columns = emit.slot(b, I64, first)
-    shapes = target.tiles[storage.effort]
     for rows_here, (height, width) in sorted(shapes.few.items()):
         with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
             sweep(columns, [height], width)
@@ -108,11 +112,17 @@ class _Sums:
         ]
         return _Sums(slots, lanes)
 
-    def add_block(self, b: ir.IRBuilder, xs: Sequence[ir.Value], weights: Sequence[Parts]) -> None:
-        """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
+    def add_block(
+        self,
+        b: ir.IRBuilder,
+        xs: Sequence[ir.Value],
+        weights: Sequence[Parts],
+        count: int = order.BLOCK,
+    ) -> None:
+        """Adds 32 products to each pair, or 16; `xs` point to the rows' values of this block."""
         kind = emit.vector(FLOAT, self.lanes)
         registers = order.PARTIAL_SUMS // self.lanes
-        for part in range(order.BLOCK // self.lanes):
+        for part in range(count // self.lanes):
             for column, weight in enumerate(weights):
                 w = weight(part)
                 for row, x in zip(self.slots, xs, strict=True):
@@ -148,14 +158,20 @@ def _tile(
     ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
     depth = field(b, matrix, "depth")
     k_cell = emit.slot(b, I64, emit.word(0))
-    with emit.steps(b, k_cell, depth, order.BLOCK) as k:
+    whole = b.and_(depth, emit.word(-order.BLOCK))
+    step = storage.step if rows == 1 else order.BLOCK
+    with emit.steps(b, k_cell, whole, step) as k:
         parts = []
+        # The rows of a tile that is ahead lie one after another: they are asked for as they lie.
+        so_far = length(b, storage, b.mul(k, emit.word(columns)))
+        coming = emit.at(b, weights[0], b.add(ahead, so_far))
+        for line in range(0, storage.bytes(step) * columns, LINE_BYTES):
+            emit.prefetch(b, emit.at(b, coming, line))
         for weight, scale in zip(weights, scales, strict=True):
             block = emit.at(b, weight, length(b, storage, k))
-            for line in range(0, storage.bytes(order.BLOCK), LINE_BYTES):
-                emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
             parts.append(storage.read(b, block, scale_at(b, storage, scale, k), target.lanes))
-        sums.add_block(b, [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs], parts)
+        here = [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs]
+        sums.add_block(b, here, parts, step)
     done = b.load(k_cell, typ=I64)
     if storage.bits >= 8:
         with b.if_then(b.icmp_signed("<", done, depth), likely=False):

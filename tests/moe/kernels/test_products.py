@@ -162,3 +162,26 @@ def test_a_broken_kernel_is_noticed(
     )
     assert np.isfinite(found).all()
     assert not _same(found, products(x, w))
+
+
+SMALL = [2.0**-103, 2.0**-126, 2.0**-149, -(2.0**-149), 2.0**-102 * (1 + 2.0**-23)]
+
+
+@pytest.mark.parametrize("depth", [16, 45, 576, 16384, 16416])
+def test_one_row_of_int8_has_the_bits_of_the_order_whatever_is_in_it(
+    kernels: Kernels, depth: int
+) -> None:
+    """Its weights may be read as 2^24 times what they are, if its values can be divided by that."""
+    random = np.random.default_rng(depth)
+    codes = torch.from_numpy(random.integers(-127, 128, (7, depth), np.int8))
+    scales = torch.from_numpy(_rows(random, 1, 7)[0])
+    matrix = Matrix.of(codes, scales=scales)
+    rows = [_rows(random, 1, depth) for _ in range(5 + len(SMALL))]
+    rows[1][:] *= np.float32(1e-37)
+    rows[2][0, 3], rows[3][0, 5], rows[4][0, -1] = np.inf, np.nan, 0.0
+    for row, small in zip(rows[5:], SMALL, strict=True):
+        row[0, depth // 2] = small
+        row[0, : depth // 4] = 0.0
+    for x in rows:
+        expected = products(x, codes.numpy().astype(np.float32), scales=scales.numpy())
+        assert _same(kernels.linear(torch.from_numpy(x), matrix).numpy(), expected)
