@@ -171,6 +171,14 @@ class GuardedSwarm(Swarm):
             raise SwarmException(f"peer {peer_id} is not connected")
         return here
 
+    def host_of(self, peer_id: ID) -> str:
+        """The IP address at the other end of a connection with the peer; "" if it is relayed."""
+        for conn in self.get_connections(peer_id):
+            assert isinstance(conn.muxed_conn, GuardedYamux)
+            if remote := conn.muxed_conn.get_remote_address():
+                return remote[0]
+        return ""
+
     async def close_peer(self, peer_id: ID) -> None:
         """Closes what there is; the stock method also forgets a connection that comes meanwhile."""
         for conn in list(self.get_connections(peer_id)):

@@ -13,7 +13,6 @@ from multiaddr import Multiaddr
 from blyan_node.network.addresses import dialable
 from blyan_node.network.host import GuardedSwarm
 from blyan_node.network.interface import PeerNetwork
-from blyan_node.network.muxer import GuardedYamux
 from blyan_node.network.names import resolved
 from blyan_node.network.reasons import reason
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
@@ -60,7 +59,7 @@ class Reach:
         if peer in self._asked or not self._room.available_tokens:
             raise Refused(ErrorCode.BUSY, "not so often", "a peer looks once in a while", "wait")
         self._asked[peer] = now
-        host = self._host_of(peer)
+        host = self._swarm.host_of(ID.from_base58(peer))
         tried: list[Tried] = []
         async with self._room, trio.open_nursery() as nursery:
             for addr in await _at_host(look.addrs, host):
@@ -82,13 +81,6 @@ class Reach:
         # The peer's clock was read at some moment between request and reply.
         offset = seen.time_ms - (ours + took_ms // 2)
         return Looked(peer, seen.host, offset, took_ms // 2 + 1, tuple(seen.tried))
-
-    def _host_of(self, peer: PeerId) -> str:
-        for conn in self._swarm.get_connections(ID.from_base58(peer)):
-            assert isinstance(conn.muxed_conn, GuardedYamux)
-            if remote := conn.muxed_conn.get_remote_address():
-                return remote[0]
-        return ""
 
     async def _try(self, peer: PeerId, addr: str, tried: list[Tried]) -> None:
         """A connection of its own, up to the proof of who answers; it is not kept."""

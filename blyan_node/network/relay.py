@@ -215,7 +215,7 @@ class Relay:
                 await _reset(stream, onward)
 
     async def _ask(self, target: PeerId, asker: PeerId) -> tuple[Verdict, INetStream | None]:
-        """The target's verdict, and the stream to it; what it does wrong costs the asker nothing."""
+        """The target's verdict and stream; what it does wrong costs the asker nothing."""
         onward, verdict = None, Verdict.NOT_A_PEER
         try:
             with trio.fail_after(relay_open_s_max / 2):  # the asker waits too
