@@ -40,7 +40,7 @@ class LanSwarm:
         dial_in: bool = True,
         behind: str | None = None,
     ) -> Node:
-        """Starts a daemon on a machine of its own (`behind` a router) and waits until it answers."""
+        """Starts a daemon on a machine of its own, `behind` a router; waits until it answers."""
         home = self.folder / name
         genesis = self.folder / "network.json"
         made = create_home(home, role="main" if role == "main" else "gpu", network=genesis)
