@@ -132,6 +132,7 @@ known_peer_s_max = 3_600  # a peer that was out of reach for so long is forgotte
 reach_addrs_max = 4  # that a peer is asked to dial
 reach_dial_s_max = 5
 reach_every_s = 5  # for one peer
+reach_per_host_max = 4  # in that time, of all peers at one host
 reach_askers_max = 4  # that are dialled at a time
 relay_circuits_max = 32  # that a node passes on for others
 relay_circuits_per_peer_max = 4

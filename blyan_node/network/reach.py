@@ -22,6 +22,7 @@ from protocols.limits import (
     reach_askers_max,
     reach_dial_s_max,
     reach_every_s,
+    reach_per_host_max,
     request_s_max,
 )
 from protocols.reach import MESSAGES, PROTOCOL, Look, Seen, Tried, check_look, check_seen
@@ -46,7 +47,7 @@ class Reach:
     def __init__(self, network: PeerNetwork, swarm: GuardedSwarm) -> None:
         self._network = network
         self._swarm = swarm
-        self._asked: dict[PeerId, float] = {}
+        self._asked: dict[PeerId, tuple[float, str]] = {}  # when, and from which host
         self.clock_ms = _clock_ms
         self._room = trio.CapacityLimiter(reach_askers_max)
         network.handle(PROTOCOL, MESSAGES, self.answer)
@@ -55,11 +56,13 @@ class Reach:
         """Tells `peer` how it looks from here; dials it at its own host and nobody else."""
         check_look(look)
         now = trio.current_time()
-        self._asked = {who: at for who, at in self._asked.items() if now - at < reach_every_s}
-        if peer in self._asked or not self._room.available_tokens:
+        host = self._swarm.host_of(ID.from_base58(peer)).partition("%")[0]
+        self._asked = {p: one for p, one in self._asked.items() if now - one[0] < reach_every_s}
+        beside = sum(bool(host) and where == host for _, where in self._asked.values())
+        full = beside >= reach_per_host_max or not self._room.available_tokens
+        if peer in self._asked or full:
             raise Refused(ErrorCode.BUSY, "not so often", "a peer looks once in a while", "wait")
-        self._asked[peer] = now
-        host = self._swarm.host_of(ID.from_base58(peer))
+        self._asked[peer] = (now, host)
         tried: list[Tried] = []
         async with self._room, trio.open_nursery() as nursery:
             for addr in await _at_host(look.addrs, host):
@@ -92,7 +95,8 @@ class Reach:
         except trio.TooSlowError:
             why = f"no answer within {reach_dial_s_max} s"
         except Exception as error:  # py-libp2p's errors share no base
-            why = reason(error)[:300]
+            text = reason(error)[:300]
+            why = text if text.isprintable() else "the other side answers with something else"
         finally:
             if raw is not None:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
@@ -109,13 +113,14 @@ async def _at_host(addrs: Sequence[str], host: str) -> list[str]:
     version = 6 if ":" in host else 4
     found: list[str] = []
     named = [addr for addr in addrs if dialable(addr)]
-    for addr in named:
-        try:
-            plain = await resolved(addr)
-        except OSError as error:
-            log.debug("a name in %s is not known: %s", addr, error)
-            continue
-        found += [one for one in plain if one.split("/")[2] == host]
+    with trio.move_on_after(reach_dial_s_max):  # for as long as all dials together
+        for addr in named:
+            try:
+                plain = await resolved(addr)
+            except OSError as error:
+                log.debug("a name in %s is not known: %s", addr, error)
+                continue
+            found += [one for one in plain if one.split("/")[2] == host]
     if not found and named and host:
         found = [f"/ip{version}/{host}/tcp/{named[0].split('/')[4]}"]
     return list(dict.fromkeys(found))[:reach_addrs_max]
