@@ -181,6 +181,8 @@ class Membership:
                 first = next(iter(self._strangers))
                 del self._strangers[first]
                 self._disconnect_soon(first)
+        if self._nursery is not None and not self.allows(peer):
+            self._nursery.start_soon(self._turn_out, peer)
         if dialled and self._nursery is not None:
             self._nursery.start_soon(self._greet, peer)
 
@@ -252,6 +254,12 @@ class Membership:
             for peer in self.around.greeting.silent():
                 log.info("peer %s is silent; disconnected", peer, extra={"peer": peer})
                 self._disconnect_soon(peer)
+
+    async def _turn_out(self, peer: PeerId) -> None:
+        """Who is not allowed has time to say hello and hear why; who says nothing goes as well."""
+        await trio.sleep(hello_s_max)
+        if not self.allows(peer):
+            self._disconnect_soon(peer)
 
     # Small things
 
