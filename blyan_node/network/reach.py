@@ -10,7 +10,7 @@ from libp2p.peer.id import ID
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
-from blyan_node.network.addresses import dialable
+from blyan_node.network.addresses import dialable, is_name
 from blyan_node.network.host import GuardedSwarm
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.network.names import resolved
@@ -109,7 +109,10 @@ def _clock_ms() -> int:
 
 
 async def _at_host(addrs: Sequence[str], host: str) -> list[str]:
-    """The named addresses that are at `host`, else `host` at the first one's port."""
+    """The named addresses that are at `host`, else `host` at the port of the first of its kind.
+
+    Who is seen over IPv6 and listens on IPv4 alone is not tried: it never said that it could be.
+    """
     version = 6 if ":" in host else 4
     found: list[str] = []
     named = [addr for addr in addrs if dialable(addr)]
@@ -121,6 +124,7 @@ async def _at_host(addrs: Sequence[str], host: str) -> list[str]:
                 log.debug("a name in %s is not known: %s", addr, error)
                 continue
             found += [one for one in plain if one.split("/")[2] == host]
-    if not found and named and host:
-        found = [f"/ip{version}/{host}/tcp/{named[0].split('/')[4]}"]
+    like = [addr for addr in named if is_name(addr) or addr.startswith(f"/ip{version}/")]
+    if not found and like and host:
+        found = [f"/ip{version}/{host}/tcp/{like[0].split('/')[4]}"]
     return list(dict.fromkeys(found))[:reach_addrs_max]

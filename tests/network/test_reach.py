@@ -1,5 +1,6 @@
 """How a node looks from outside: dialled at its own host and nowhere else, and told the time."""
 
+import socket
 import time
 from dataclasses import replace
 from typing import NoReturn
@@ -10,12 +11,13 @@ import trio
 
 from blyan_node.network.errors import PeerRefused
 from blyan_node.network.interface import NetworkConfig
+from blyan_node.network.listening import check_free
 from blyan_node.network.network import Network
 from blyan_node.network.reach import _at_host
 from blyan_node.testing.echo_node import MESSAGES, NETWORK, PROTOCOL, echo
 from blyan_node.testing.trio_tests import trio_test
 from blyan_node.testing.virtual_time import virtual_time_test
-from protocols.errors import ErrorCode, RemoteProtocolError
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.limits import reach_addrs_max, reach_dial_s_max, reach_per_host_max
 from protocols.reach import Look, Seen, Tried, check_look, check_seen
 from protocols.signing import Identity
@@ -57,6 +59,39 @@ def test_a_node_is_dialled_back_and_told_the_time(psk: bytes | None) -> None:
             nursery.cancel_scope.cancel()
 
     story()
+
+
+@trio_test
+async def test_a_node_is_dialled_back_over_ipv6_as_well() -> None:
+    if not has_ipv6():
+        pytest.skip("this machine has no ::1")
+    alice, bob = (build(seed, listen=("/ip6/::1/tcp/0",)) for seed in (1, 2))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(alice.run)
+        await nursery.start(bob.run)
+        seen = await bob.reach.look(await bob.connect(alice.addrs[0]), bob.addrs)
+        listening = bob.addrs[0].rpartition("/p2p/")[0]
+        assert (seen.host, seen.tried) == ("::1", (Tried(addr=listening, why=""),))
+        nursery.cancel_scope.cancel()
+
+
+def test_ipv4_on_the_same_port_is_no_obstacle() -> None:
+    if not has_ipv6():
+        pytest.skip("this machine has no ::1")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        check_free(f"/ip6/::1/tcp/{port}")
+        check_free(f"/ip6/::/tcp/{port}")
+        with pytest.raises(Refused, match="cannot listen"):
+            check_free(f"/ip4/127.0.0.1/tcp/{port}")
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 @trio_test
@@ -109,6 +144,13 @@ async def test_a_name_that_nobody_answers_for_keeps_no_place() -> None:
     names = [f"/dns4/slow{n}.example/tcp/1" for n in range(reach_addrs_max)]
     assert await _at_host(names, "192.0.2.7") == ["/ip4/192.0.2.7/tcp/1"]
     assert trio.current_time() - began <= reach_dial_s_max
+
+
+@trio_test
+async def test_who_listens_on_ipv4_alone_is_not_tried_over_ipv6() -> None:
+    assert await _at_host([CLOSED], "2001:db8::7") == []
+    six = "/ip6/2001:db8::9/tcp/7"
+    assert await _at_host([CLOSED, six], "2001:db8::7") == ["/ip6/2001:db8::7/tcp/7"]
 
 
 @trio_test
