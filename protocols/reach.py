@@ -7,7 +7,8 @@ Non-goals: opening ports, and keeping a verdict: what one peer sees, another may
 
 Sequence: `Look` → `Seen`. The peer dials only addresses of the host that it sees the asker at, so
 nobody can have it knock at others' doors; where none of those named is such a one, it tries that
-host at the port of the first name or address of the same kind (IPv4, IPv6). A dial counts when the asker has proved its peer id over Noise.
+host at the port of the first name or address of the same kind (IPv4, IPv6). A dial counts when the
+asker has proved its peer id over Noise.
 
 Limits: `reach_addrs_max` addresses, `reach_dial_s_max` a dial and as long to look up names; within
 `reach_every_s` one request of a peer and `reach_per_host_max` of all peers at one host, who could
