@@ -7,11 +7,15 @@ Non-goals: opening ports, and keeping a verdict: what one peer sees, another may
 
 Sequence: `Look` → `Seen`. The peer dials only addresses of the host that it sees the asker at, so
 nobody can have it knock at others' doors; where none of those named is such a one, it tries that
-host at the first one's port. A dial counts when the asker has proved its peer id over Noise.
+host at the port of the first name or address of the same kind (IPv4, IPv6). A dial counts when the
+asker has proved its peer id over Noise.
 
-Limits: `reach_addrs_max` addresses, `reach_dial_s_max` a dial, one request of a peer at a time and
-one every `reach_every_s`; whoever asks more often is refused as too busy.
+Limits: `reach_addrs_max` addresses, `reach_dial_s_max` a dial and as long to look up names; within
+`reach_every_s` one request of a peer and `reach_per_host_max` of all peers at one host, who could
+else have its ports tried one after the other. Whoever asks more often is refused as too busy.
 """
+
+import ipaddress
 
 import msgspec
 
@@ -20,7 +24,7 @@ from protocols.limits import addr_bytes_max, reach_addrs_max
 from protocols.wire import Messages
 
 PROTOCOL = "/blyan/reach/1"
-_WHY_BYTES_MAX = 1_000
+_WHY_CHARS_MAX = 300
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,8 +63,25 @@ def check_look(look: Look) -> None:
 
 def check_seen(seen: Seen) -> None:
     """Raises `RemoteProtocolError` for a reply that breaks them, or cannot be shown to people."""
-    texts = [seen.host, *(text for tried in seen.tried for text in (tried.addr, tried.why))]
-    if len(seen.tried) > reach_addrs_max + 1 or not 0 <= seen.time_ms < 2**53:
+    if len(seen.tried) > reach_addrs_max or not 0 <= seen.time_ms < 2**53:
         raise RemoteProtocolError("reach", "a reply out of range")
-    if any(len(text) > _WHY_BYTES_MAX or not text.isprintable() for text in texts):
+    if any(len(one.why) > _WHY_CHARS_MAX or not one.why.isprintable() for one in seen.tried):
         raise RemoteProtocolError("reach", "a text that is too long or has control characters")
+    if seen.host and _prefix(seen.host) is None:
+        raise RemoteProtocolError("reach", "a host that is no IP address")
+    if any(not _is_at(seen.host, one.addr) for one in seen.tried):
+        raise RemoteProtocolError("reach", "a dial at another host than the one it names")
+
+
+def _is_at(host: str, addr: str) -> bool:
+    before, _, port = addr.rpartition("/")
+    return before == _prefix(host) and port.isascii() and port.isdigit() and len(port) <= 5
+
+
+def _prefix(host: str) -> str | None:
+    """An address at `host` up to its port; None if `host` is no IP address, or one of a link."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return None if "%" in host else f"/ip{ip.version}/{host}/tcp"

@@ -107,10 +107,11 @@ def _reach_next(seen_host: str, listen: Sequence[str], announced: Sequence[str])
     port = announced[0].split("/")[4] if announced else listen[0].split("/")[4]
     if all(_is_loopback(addr) for addr in listen) and not _host_is_loopback(seen_host):
         return "it listens for this machine alone: --listen /ip4/0.0.0.0/tcp/4040"
+    seen = f"/ip{6 if ':' in seen_host else 4}/{seen_host}/tcp/{port}"
     if seen_host not in [addr.split("/")[2] for addr in announced]:
         return (
             f"it is seen at {seen_host}, which is not its own address: forward TCP port {port} of "
-            f"the router to this machine, and start with --announce /ip4/{seen_host}/tcp/{port}"
+            f"the router to this machine, and start with --announce {seen}"
         )
     return (
         f"open TCP port {port} in the firewall, and see that `announce` and `listen` name the same "

@@ -69,6 +69,11 @@ class AddressBook:
         entry = self._entries.get(peer)
         return entry.addrs if entry else []
 
+    def vouched(self, peer: PeerId, addr: str) -> bool:
+        """Whether a person gave `addr`, or `peer` itself has answered there."""
+        entry = self._entries.get(peer)
+        return entry is not None and (addr in entry.given or addr == entry.worked)
+
     def teller(self, peer: PeerId) -> PeerId | None:
         """Who told of `peer`; None if it is known better than by hearsay."""
         entry = self._entries.get(peer)

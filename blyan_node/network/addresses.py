@@ -73,12 +73,41 @@ def dialable(text: str) -> bool:
         ip = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return kind == f"ip{ip.version}" and not ip.is_unspecified and "%" not in host
+    if ip.version == 6 and (ip.ipv4_mapped is not None or "%" in host):
+        return False  # IPv4 in disguise, and what means something on one interface alone
+    return kind == f"ip{ip.version}" and not (ip.is_unspecified or ip.is_multicast)
 
 
-def dialable_ones(addrs: Iterable[str]) -> list[str]:
-    """The dialable ones of what a peer says, once each, at most `hello_addrs_max`."""
-    return [addr for addr in dict.fromkeys(addrs) if dialable(addr)][:hello_addrs_max]
+def dialable_ones(addrs: Iterable[str], *, from_here: bool = True) -> list[str]:
+    """The dialable ones of what a peer says, once each, at most `hello_addrs_max`.
+
+    Loopback and link-local addresses mean another machine to a peer than to us, so they count only
+    `from_here`: from a peer on this machine.
+    """
+    found = [addr for addr in dict.fromkeys(addrs) if dialable(addr)]
+    return [addr for addr in found if from_here or leads_away(addr)][:hello_addrs_max]
+
+
+def leads_away(addr: str) -> bool:
+    """Whether a dialable address is none that every machine and every link has; a name may be."""
+    kind, host = addr.split("/")[1:3]
+    if kind in _NAMES:
+        return True
+    ip = ipaddress.ip_address(host)
+    return not (ip.is_loopback or ip.is_link_local)
+
+
+def is_name(addr: str) -> bool:
+    """Whether a dialable address names its host."""
+    return addr.split("/")[1] in _NAMES
+
+
+def is_own(host: str) -> bool:
+    """Whether an IP address is one of this machine; "" is none."""
+    if not host:
+        return False
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    return ip.is_loopback or str(ip) in get_network_addrs(ip.version)
 
 
 class Announced:
@@ -114,8 +143,9 @@ def announced(listening: Sequence[str], announce: Sequence[str]) -> list[str]:
             continue
         version = 6 if ":" in host else 4
         loopback = "::1" if version == 6 else "127.0.0.1"
-        hosts = get_network_addrs(version) or [loopback]
-        found += [f"/ip{version}/{h}/tcp/{port}" for h in hosts]
+        places = [f"/ip{version}/{h}/tcp/{port}" for h in get_network_addrs(version)]
+        away = [place for place in dialable_ones(places) if leads_away(place)]
+        found += away or [f"/ip{version}/{loopback}/tcp/{port}"]
     return dialable_ones(found)
 
 

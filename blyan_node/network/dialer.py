@@ -8,6 +8,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from blyan_node.network.addressbook import AddressBook
+from blyan_node.network.addresses import is_name, leads_away
 from blyan_node.network.host import GuardedSwarm
 from blyan_node.network.names import resolved
 from blyan_node.network.reasons import reason
@@ -98,7 +99,7 @@ class Dialer:
         for addr in self._book.addrs(peer):
             try:
                 with trio.fail_at(min(deadline, trio.current_time() + dial_s_max)):
-                    await self._dial_first(await resolved(addr), ID.from_base58(peer))
+                    await self._dial_first(await self._plain(peer, addr), ID.from_base58(peer))
             except trio.TooSlowError:
                 why = f"{addr}: no answer in time"
             except Exception as error:  # py-libp2p's errors share no base
@@ -111,6 +112,15 @@ class Dialer:
         if self._book.failed(peer, trio.current_time(), why):
             log.warning("bootstrap node %s is not reached: %s", peer, why, extra={"peer": peer})
         return why
+
+    async def _plain(self, peer: PeerId, addr: str) -> list[str]:
+        """The addresses that `addr` names; a name that somebody told us leads to no loopback."""
+        found = await resolved(addr)
+        if not is_name(addr) or self._book.vouched(peer, addr):
+            return found
+        if away := [one for one in found if leads_away(one)]:
+            return away
+        raise OSError("it is a name for this machine or its link")
 
     async def _dial_first(self, addrs: list[str], peer: ID) -> None:
         """Dials the first of a name's addresses that answers; raises what the last one did."""

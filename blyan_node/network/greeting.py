@@ -47,10 +47,14 @@ __all__ = ["MESSAGES", "PROTOCOL", "Greeted", "Greeting"]
 
 @dataclass(frozen=True)
 class Greeted:
-    """What greeting tells the network, and asks it: whether a peer is connected, and allowed."""
+    """What greeting tells the network, and asks it.
+
+    Whether a peer is connected, allowed, and on this very machine.
+    """
 
     connected: Callable[[PeerId], bool]
     allowed: Callable[[PeerId], bool]
+    is_here: Callable[[PeerId], bool]
     passed: Callable[[Peer], None]
     misfit: Callable[[PeerId, str], None]
     learnt: Callable[[], None]
@@ -126,10 +130,12 @@ class Greeting:
             self.greeted.misfit(peer, f"it {why}")
             return False
         now = trio.current_time()
-        self._book.learn(peer, dialable_ones(hello.addrs), now)
+        here = self.greeted.is_here(peer)
+        self._book.learn(peer, dialable_ones(hello.addrs, from_here=here), now)
         for known in hello.peers:
             if known.peer_id not in self._table:
-                self._book.hear(PeerId(known.peer_id), dialable_ones(known.addrs), now, peer)
+                addrs = dialable_ones(known.addrs, from_here=here)
+                self._book.hear(PeerId(known.peer_id), addrs, now, peer)
         if new := self._table.add(peer, hello, unix_s=time.time(), now=now):
             self.greeted.passed(new)
         self.greeted.learnt()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import trio
-from libp2p.abc import IMuxedConn, INetStream
+from libp2p.abc import IMuxedConn, INetConn, INetStream
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
@@ -160,6 +160,24 @@ class GuardedSwarm(Swarm):
         if muxed is not None:
             assert isinstance(muxed, GuardedYamux)
             await muxed.event_closed.wait()
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """The connections that there are: whom we dial, the address book decides.
+
+        The stock method dials what the peer store has. Anybody fills that: the DHT dials all whom
+        an answer names, wherever the answer says.
+        """
+        if not (here := self.get_connections(peer_id)):
+            raise SwarmException(f"peer {peer_id} is not connected")
+        return here
+
+    def host_of(self, peer_id: ID) -> str:
+        """The IP address at the other end of a connection with the peer; "" if it is relayed."""
+        for conn in self.get_connections(peer_id):
+            assert isinstance(conn.muxed_conn, GuardedYamux)
+            if remote := conn.muxed_conn.get_remote_address():
+                return remote[0]
+        return ""
 
     async def close_peer(self, peer_id: ID) -> None:
         """Closes what there is; the stock method also forgets a connection that comes meanwhile."""

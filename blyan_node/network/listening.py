@@ -16,6 +16,8 @@ def check_free(addr: str) -> None:
     family = socket.AF_INET6 if version == "ip6" else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # as libp2p does: IPv4 on the same port is another's business
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((host, int(port)))
         except OSError as error:

@@ -15,6 +15,7 @@ import trio
 from libp2p.peer.id import ID
 
 from blyan_node.network.addressbook import AddressBook
+from blyan_node.network.addresses import is_own
 from blyan_node.network.dialer import Dialer
 from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.exchange import Exchange
@@ -66,7 +67,12 @@ class Membership:
     def greeted(self) -> Greeted:
         """What greeting is to tell us."""
         return Greeted(
-            self.is_connected, self.allows, self._passed, self._misfit, self._wake_dialer
+            self.is_connected,
+            self.allows,
+            self._is_here,
+            self._passed,
+            self._misfit,
+            self._wake_dialer,
         )
 
     def serve(self, nursery: trio.Nursery) -> None:
@@ -175,6 +181,8 @@ class Membership:
                 first = next(iter(self._strangers))
                 del self._strangers[first]
                 self._disconnect_soon(first)
+        if self._nursery is not None and not self.allows(peer):
+            self._nursery.start_soon(self._turn_out, peer)
         if dialled and self._nursery is not None:
             self._nursery.start_soon(self._greet, peer)
 
@@ -247,7 +255,16 @@ class Membership:
                 log.info("peer %s is silent; disconnected", peer, extra={"peer": peer})
                 self._disconnect_soon(peer)
 
+    async def _turn_out(self, peer: PeerId) -> None:
+        """Who is not allowed has time to say hello and hear why; who says nothing goes as well."""
+        await trio.sleep(hello_s_max)
+        if not self.allows(peer):
+            self._disconnect_soon(peer)
+
     # Small things
+
+    def _is_here(self, peer: PeerId) -> bool:
+        return is_own(self.around.swarm.host_of(ID.from_base58(peer)))
 
     def _tell_change(self) -> None:
         self.changed.set()

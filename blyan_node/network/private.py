@@ -10,6 +10,7 @@ speaks libp2p begins with `/multistream/1.0.0`. So the first bytes are looked at
 passed on, and a connection that begins otherwise ends at once, with the reason.
 """
 
+import contextlib
 import os
 import struct
 from typing import Protocol
@@ -17,6 +18,7 @@ from typing import Protocol
 from Crypto.Cipher import Salsa20
 from libp2p.abc import IRawConnection, ISecureConn
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.transport.exceptions import SecurityUpgradeFailure
@@ -160,6 +162,7 @@ class DoorUpgrader(TransportUpgrader):
     ) -> ISecureConn:
         """As the stock one; raises `NotOurs` where the first bytes tell a stranger."""
         assert isinstance(raw_conn, RawConnection)
+        _note_address(raw_conn.stream)
         door = raw_conn.stream = Doorway(raw_conn.stream, self.key, dialled=is_initiator)
         try:
             secured = await super().upgrade_security(raw_conn, is_initiator, peer_id)
@@ -170,3 +173,11 @@ class DoorUpgrader(TransportUpgrader):
         if self.key is None:
             raw_conn.stream = door.stream  # the greeting has passed: nothing is left to look at
         return secured
+
+
+def _note_address(stream: ReadWriteCloser) -> None:
+    """py-libp2p 0.8.1 takes an address of IPv6, which has four parts, for none."""
+    if isinstance(stream, TrioTCPStream) and stream.get_remote_address() is None:
+        with contextlib.suppress(OSError):
+            host, port, *_ = stream.stream.socket.getpeername()
+            stream._cached_remote_address = (host, port)

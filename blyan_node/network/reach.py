@@ -10,10 +10,9 @@ from libp2p.peer.id import ID
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
-from blyan_node.network.addresses import dialable
+from blyan_node.network.addresses import dialable, is_name
 from blyan_node.network.host import GuardedSwarm
 from blyan_node.network.interface import PeerNetwork
-from blyan_node.network.muxer import GuardedYamux
 from blyan_node.network.names import resolved
 from blyan_node.network.reasons import reason
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
@@ -23,6 +22,7 @@ from protocols.limits import (
     reach_askers_max,
     reach_dial_s_max,
     reach_every_s,
+    reach_per_host_max,
     request_s_max,
 )
 from protocols.reach import MESSAGES, PROTOCOL, Look, Seen, Tried, check_look, check_seen
@@ -47,7 +47,7 @@ class Reach:
     def __init__(self, network: PeerNetwork, swarm: GuardedSwarm) -> None:
         self._network = network
         self._swarm = swarm
-        self._asked: dict[PeerId, float] = {}
+        self._asked: dict[PeerId, tuple[float, str]] = {}  # when, and from which host
         self.clock_ms = _clock_ms
         self._room = trio.CapacityLimiter(reach_askers_max)
         network.handle(PROTOCOL, MESSAGES, self.answer)
@@ -56,11 +56,13 @@ class Reach:
         """Tells `peer` how it looks from here; dials it at its own host and nobody else."""
         check_look(look)
         now = trio.current_time()
-        self._asked = {who: at for who, at in self._asked.items() if now - at < reach_every_s}
-        if peer in self._asked or not self._room.available_tokens:
+        host = self._swarm.host_of(ID.from_base58(peer)).partition("%")[0]
+        self._asked = {p: one for p, one in self._asked.items() if now - one[0] < reach_every_s}
+        beside = sum(bool(host) and where == host for _, where in self._asked.values())
+        full = beside >= reach_per_host_max or not self._room.available_tokens
+        if peer in self._asked or full:
             raise Refused(ErrorCode.BUSY, "not so often", "a peer looks once in a while", "wait")
-        self._asked[peer] = now
-        host = self._host_of(peer)
+        self._asked[peer] = (now, host)
         tried: list[Tried] = []
         async with self._room, trio.open_nursery() as nursery:
             for addr in await _at_host(look.addrs, host):
@@ -83,13 +85,6 @@ class Reach:
         offset = seen.time_ms - (ours + took_ms // 2)
         return Looked(peer, seen.host, offset, took_ms // 2 + 1, tuple(seen.tried))
 
-    def _host_of(self, peer: PeerId) -> str:
-        for conn in self._swarm.get_connections(ID.from_base58(peer)):
-            assert isinstance(conn.muxed_conn, GuardedYamux)
-            if remote := conn.muxed_conn.get_remote_address():
-                return remote[0]
-        return ""
-
     async def _try(self, peer: PeerId, addr: str, tried: list[Tried]) -> None:
         """A connection of its own, up to the proof of who answers; it is not kept."""
         raw, why = None, ""
@@ -100,7 +95,8 @@ class Reach:
         except trio.TooSlowError:
             why = f"no answer within {reach_dial_s_max} s"
         except Exception as error:  # py-libp2p's errors share no base
-            why = reason(error)[:300]
+            text = reason(error)[:300]
+            why = text if text.isprintable() else "the other side answers with something else"
         finally:
             if raw is not None:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
@@ -113,17 +109,22 @@ def _clock_ms() -> int:
 
 
 async def _at_host(addrs: Sequence[str], host: str) -> list[str]:
-    """The named addresses that are at `host`, else `host` at the first one's port."""
+    """The named addresses that are at `host`, else `host` at the port of the first of its kind.
+
+    Who is seen over IPv6 and listens on IPv4 alone is not tried: it never said that it could be.
+    """
     version = 6 if ":" in host else 4
     found: list[str] = []
     named = [addr for addr in addrs if dialable(addr)]
-    for addr in named:
-        try:
-            plain = await resolved(addr)
-        except OSError as error:
-            log.debug("a name in %s is not known: %s", addr, error)
-            continue
-        found += [one for one in plain if one.split("/")[2] == host]
-    if not found and named and host:
-        found = [f"/ip{version}/{host}/tcp/{named[0].split('/')[4]}"]
+    with trio.move_on_after(reach_dial_s_max):  # for as long as all dials together
+        for addr in named:
+            try:
+                plain = await resolved(addr)
+            except OSError as error:
+                log.debug("a name in %s is not known: %s", addr, error)
+                continue
+            found += [one for one in plain if one.split("/")[2] == host]
+    like = [addr for addr in named if is_name(addr) or addr.startswith(f"/ip{version}/")]
+    if not found and like and host:
+        found = [f"/ip{version}/{host}/tcp/{like[0].split('/')[4]}"]
     return list(dict.fromkeys(found))[:reach_addrs_max]

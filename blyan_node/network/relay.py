@@ -9,8 +9,9 @@ Sequence: the asker opens `/blyan/relay/1` and sends the target's peer id as one
 text; the relay opens `/blyan/relayed/1` to the target and sends the asker's id likewise; target and
 relay answer with one byte (`Verdict`), and from then on the two streams are one.
 
-Limits: `relay_circuits_max` circuits, of one asker `relay_circuits_per_peer_max`, each with
-`relay_bytes_per_s_max`; a circuit never leads through another one.
+Limits: `relay_circuits_max` circuits, of one asker `relay_circuits_per_peer_max`, counted from the
+request on; `relay_bytes_per_s_max` each way for one, `relay_all_bytes_per_s_max` for all together.
+A circuit on which nothing passes for `relay_silence_s_max` ends, and none leads through another.
 """
 
 import enum
@@ -34,10 +35,12 @@ from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, key_of
 from protocols.limits import (
     KIB,
+    relay_all_bytes_per_s_max,
     relay_bytes_per_s_max,
     relay_circuits_max,
     relay_circuits_per_peer_max,
     relay_open_s_max,
+    relay_silence_s_max,
     relay_tries_max,
 )
 
@@ -70,6 +73,9 @@ class Around(Protocol):
     def nearest(self) -> Collection[PeerId]:
         """Our peers, those with the shortest round trip first."""
 
+    def penalise(self, peer: PeerId, error: Exception) -> None:
+        """`peer` broke a rule."""
+
 
 class RelayedConnection(RawConnection):
     """One end of a circuit; the address of the node in between is not that of the other end."""
@@ -90,7 +96,7 @@ class Relay:
         self._swarm = swarm
         self._around = around
         self._circuits: Counter[PeerId] = Counter()  # that we pass on, by asker
-        self._relayed: set[IMuxedConn] = set()  # our own connections through others
+        self._free_at = 0.0  # when what was passed on so far is paid for
 
     def serve(self) -> None:
         """From now on others are relayed, and may come through others."""
@@ -118,7 +124,7 @@ class Relay:
 
     def _is_direct(self, peer: PeerId) -> bool:
         conns = self._swarm.get_connections(ID.from_base58(peer))
-        return any(conn.muxed_conn not in self._relayed for conn in conns)
+        return any(not _is_relayed(conn.muxed_conn) for conn in conns)
 
     async def _dial_through(self, via: PeerId, target: PeerId) -> Verdict:
         stream = await self._host.new_stream(ID.from_base58(via), [HOP])
@@ -126,10 +132,9 @@ class Relay:
         try:
             await stream.write(_name(target))
             verdict = await _verdict(stream)
-            if verdict is Verdict.OPEN and stream.muxed_conn not in self._relayed:
+            if verdict is Verdict.OPEN and not _is_relayed(stream.muxed_conn):
                 raw = RelayedConnection(stream, initiator=True)
-                conn = await self._swarm.upgrade_outbound_raw_conn(raw, ID.from_base58(target))
-                self._note(conn.muxed_conn)
+                await self._swarm.upgrade_outbound_raw_conn(raw, ID.from_base58(target))
                 done = True
         finally:
             if not done:
@@ -147,83 +152,112 @@ class Relay:
                     await stream.write(bytes((Verdict.REFUSED,)))
                     return
                 await stream.write(bytes((Verdict.OPEN,)))
-                raw = RelayedConnection(stream, initiator=False)
-                where = Multiaddr(f"/p2p/{via}/p2p-circuit/p2p/{asker}")
-                muxed = await self._swarm.upgrade_inbound_raw_conn(raw, where)
+                muxed = await self._upgrade(stream, asker, via)
         finally:
             if muxed is None:
                 await stream.reset()
-        assert isinstance(muxed, GuardedYamux)
-        self._note(muxed)
-        await muxed.event_closed.wait()
+        if muxed is not None:
+            assert isinstance(muxed, GuardedYamux)
+            await muxed.event_closed.wait()
 
-    def _note(self, muxed: IMuxedConn) -> None:
-        here = {conn.muxed_conn for conn in self._swarm.get_connections()}
-        self._relayed = {conn for conn in self._relayed if conn in here} | {muxed}
+    async def _upgrade(self, stream: INetStream, asker: PeerId, via: PeerId) -> IMuxedConn | None:
+        """A connection over a circuit; None if what comes out of it is none."""
+        raw = RelayedConnection(stream, initiator=False)
+        where = Multiaddr(f"/p2p/{via}/p2p-circuit/p2p/{asker}")
+        try:
+            return await self._swarm.upgrade_inbound_raw_conn(raw, where)
+        except Exception as error:  # py-libp2p's errors share no base; `via` is not to blame
+            log.debug("%s through %s failed: %s", asker, via, reason(error))
+            return None
 
     async def _pass_on(self, stream: INetStream) -> None:
         """The relay's part."""
         asker = PeerId(str(stream.muxed_conn.peer_id))
-        try:
-            with trio.fail_after(relay_open_s_max):
-                target = await _read_name(stream)
-                verdict, onward = await self._open(asker, target, stream.muxed_conn)
-                await stream.write(bytes((verdict,)))
-        except BaseException:
-            await stream.reset()
-            raise
-        if onward is None:
+        with trio.fail_after(relay_open_s_max):
+            target = await _read_name(stream)
+        verdict = self._judge(asker, target, stream.muxed_conn)
+        if verdict is not Verdict.OPEN:
+            await stream.write(bytes((verdict,)))
             await stream.close()
             return
-        self._circuits[asker] += 1
+        self._circuits[asker] += 1  # from here on: else all who ask at once would get one
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_copy, stream, onward, nursery.cancel_scope)
-                nursery.start_soon(_copy, onward, stream, nursery.cancel_scope)
+            await self._join(stream, asker, target)
         finally:
             self._circuits[asker] -= 1
             self._circuits += Counter()  # without those that have none
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await stream.reset()
-                await onward.reset()
 
-    async def _open(
-        self, asker: PeerId, target: PeerId, from_conn: IMuxedConn
-    ) -> tuple[Verdict, INetStream | None]:
-        if not self._around.knows(asker) or from_conn in self._relayed:
-            return Verdict.REFUSED, None
-        if not self._around.knows(target):
-            return Verdict.NOT_A_PEER, None
+    def _judge(self, asker: PeerId, target: PeerId, from_conn: IMuxedConn) -> Verdict:
+        if not self._around.knows(asker) or _is_relayed(from_conn) or asker == target:
+            return Verdict.REFUSED
+        if not self._around.knows(target) or not self._is_direct(target):
+            return Verdict.NOT_A_PEER
         if (
             self._circuits.total() >= relay_circuits_max
             or self._circuits[asker] >= relay_circuits_per_peer_max
         ):
-            return Verdict.BUSY, None
-        onward = await self._host.new_stream(ID.from_base58(target), [STOP])
-        if onward.muxed_conn in self._relayed:
-            await onward.reset()
-            return Verdict.NOT_A_PEER, None
+            return Verdict.BUSY
+        return Verdict.OPEN
+
+    async def _join(self, stream: INetStream, asker: PeerId, target: PeerId) -> None:
+        verdict, onward = await self._ask(target, asker)
         try:
-            await onward.write(_name(asker))
-            verdict = await _verdict(onward)
-        except BaseException:
-            await onward.reset()
-            raise
-        if verdict is not Verdict.OPEN:
-            await onward.reset()
-            return verdict, None
-        return verdict, onward
+            await stream.write(bytes((verdict,)))
+            if onward is None:
+                await stream.close()
+                return
+            async with trio.open_nursery() as circuit:
+                circuit.cancel_scope.deadline = trio.current_time() + relay_silence_s_max
+                circuit.start_soon(self._copy, stream, onward, circuit.cancel_scope)
+                circuit.start_soon(self._copy, onward, stream, circuit.cancel_scope)
+        finally:
+            if onward is not None:
+                await _reset(stream, onward)
+
+    async def _ask(self, target: PeerId, asker: PeerId) -> tuple[Verdict, INetStream | None]:
+        """The target's verdict and stream; what it does wrong costs the asker nothing."""
+        onward, verdict = None, Verdict.NOT_A_PEER
+        try:
+            with trio.fail_after(relay_open_s_max / 2):  # the asker waits too
+                onward = await self._host.new_stream(ID.from_base58(target), [STOP])
+                if not _is_relayed(onward.muxed_conn):
+                    await onward.write(_name(asker))
+                    verdict = await _verdict(onward)
+        except RemoteProtocolError as error:
+            self._around.penalise(target, error)
+        except Exception as error:  # py-libp2p's errors share no base
+            log.debug("%s is not reached for %s: %s", target, asker, reason(error))
+        finally:
+            if onward is not None and verdict is not Verdict.OPEN:
+                await _reset(onward)
+        return verdict, onward if verdict is Verdict.OPEN else None
+
+    async def _copy(self, source: INetStream, sink: INetStream, circuit: trio.CancelScope) -> None:
+        """Passes bytes on at a bounded pace; when either stream ends, so does the circuit."""
+        try:
+            while data := await source.read(_PIECE_BYTES):
+                circuit.deadline = trio.current_time() + relay_silence_s_max
+                await sink.write(data)
+                await trio.sleep(self._price_s(len(data)))
+        except ENDINGS:
+            pass
+        circuit.cancel()
+
+    def _price_s(self, size: int) -> float:
+        """How long whoever had `size` bytes passed on waits before more is taken."""
+        now = trio.current_time()
+        self._free_at = max(self._free_at, now) + size / relay_all_bytes_per_s_max
+        return max(self._free_at - now, size / relay_bytes_per_s_max)
 
 
-async def _copy(source: INetStream, sink: INetStream, both: trio.CancelScope) -> None:
-    """Passes bytes on at a bounded pace; when either stream ends, so does the circuit."""
-    try:
-        while data := await source.read(_PIECE_BYTES):
-            await sink.write(data)
-            await trio.sleep(len(data) / relay_bytes_per_s_max)
-    except ENDINGS:
-        pass
-    both.cancel()
+def _is_relayed(conn: IMuxedConn) -> bool:
+    return bool(conn.get_connection_type() is ConnectionType.RELAYED)
+
+
+async def _reset(*streams: INetStream) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+        for stream in streams:
+            await stream.reset()
 
 
 def _name(peer: PeerId) -> bytes:

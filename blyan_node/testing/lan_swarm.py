@@ -32,17 +32,25 @@ class LanSwarm:
     nodes: dict[str, Node] = field(default_factory=dict)
     _bootstrap: tuple[str, ...] = ()
 
-    def start(self, name: str, role: str, *, dial_in: bool = True) -> Node:
-        """Starts a daemon on a machine of its own and waits until it answers."""
+    def start(
+        self,
+        name: str,
+        role: str,
+        *options: str,
+        dial_in: bool = True,
+        behind: str | None = None,
+    ) -> Node:
+        """Starts a daemon on a machine of its own, `behind` a router; waits until it answers."""
         home = self.folder / name
         genesis = self.folder / "network.json"
         made = create_home(home, role="main" if role == "main" else "gpu", network=genesis)
-        words = ["start", "--home", str(home), "--threads", "1", *self._bootstrap]
+        words = ["start", "--home", str(home), "--threads", "1", *self._bootstrap, *options]
         machine = self.net.start(
             name,
             [sys.executable, "-m", "cli.main", *words],
             environment={**os.environ},
             log=self.folder / f"{name}.log",
+            behind=behind,
         )
         if not dial_in:
             self.net.worsen(name, dial_in=False)

@@ -84,6 +84,7 @@ class Lan:
     hosts: Path
     machines: dict[str, Machine] = field(default_factory=dict)
     _addresses: dict[str, str] = field(default_factory=dict)
+    _homes: dict[str, str] = field(default_factory=dict)
     _cables: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(
@@ -95,19 +96,23 @@ class Lan:
         mounts: Mapping[str, Mount] | None = None,
         read_only: bool = False,
         log: Path | None = None,
+        behind: str | None = None,
     ) -> Machine:
         """Starts a machine that runs `program`; one of the name that ended keeps its address.
 
         `mounts` say what is to be seen at a path of the machine; a folder in which there is such a
         path shows nothing else. With `read_only`, the machine can write to mounts alone. What the
-        program says goes to `log`.
+        program says goes to `log`. `behind` names a router whose home it is in.
         """
         new = ["unshare", "--net", "--uts", "--mount", *_DIES_WITH_US, "sh", "-c", _WAIT, "sh"]
-        address = self._addresses.setdefault(name, f"{self.subnet}.{len(self._addresses) + 2}")
+        subnet = self.subnet if behind is None else self._homes[behind]
+        address = self._addresses.setdefault(name, f"{subnet}.{len(self._addresses) + 2}")
         process = _waiting(self._inside(*new, *program), environment, log)
         machine = self.machines[name] = Machine(name, address, process)
         try:
-            self._plug_in(machine)
+            self._plug_in(machine, self.switch if behind is None else self.machines[behind])
+            if behind is not None:
+                machine.run("ip", "route", "add", "default", "via", f"{subnet}.1")
             _furnish(machine, {"/etc/hosts": Mount(self.hosts, True), **(mounts or {})})
             if read_only:
                 machine.run("mount", "-o", "remount,bind,ro", "/")
@@ -116,6 +121,20 @@ class Lan:
             raise
         _let_go(process)
         return machine
+
+    def start_router(self, name: str, home: str) -> Machine:
+        """A machine that others can be behind: `home` are the three numbers of their network.
+
+        They reach everybody, under the router's address; nobody can dial them. Raises
+        `NamespaceFailed` where the kernel translates no addresses.
+        """
+        router = self.start(name, ["sleep", "infinity"])
+        router.run(sys.executable, "-m", "blyan_node.testing.masquerade", "eth0")
+        router.run("ip", "link", "add", BRIDGE, "type", "bridge")
+        router.run("ip", "address", "add", f"{home}.1/24", "dev", BRIDGE)
+        router.run("ip", "link", "set", BRIDGE, "up")
+        self._homes[name] = home
+        return router
 
     def unplug(self, name: str) -> None:
         """Takes the machine's cable out of the switch."""
@@ -156,14 +175,14 @@ class Lan:
     def _port(self, name: str) -> str:
         return f"port{self._addresses[name].rpartition('.')[2]}"
 
-    def _plug_in(self, machine: Machine) -> None:
+    def _plug_in(self, machine: Machine, switch: Machine) -> None:
         port, pid = self._port(machine.name), str(machine.process.pid)
         # The port of a machine that has just ended may be there for a moment longer.
-        if f" {port}@" in self.switch.run("ip", "link"):
-            self.switch.run("ip", "link", "delete", port)
+        if f" {port}@" in switch.run("ip", "link"):
+            switch.run("ip", "link", "delete", port)
         link = ["type", "veth", "peer", "name", "eth0", "netns", pid]
-        self.switch.run("ip", "link", "add", port, *link)
-        self.switch.run("ip", "link", "set", port, "master", BRIDGE, "up")
+        switch.run("ip", "link", "add", port, *link)
+        switch.run("ip", "link", "set", port, "master", BRIDGE, "up")
         machine.run("ip", "link", "set", "lo", "up")
         machine.run("ip", "address", "add", f"{machine.address}/24", "dev", "eth0")
         machine.run("ip", "link", "set", "eth0", "up")

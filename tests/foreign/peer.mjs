@@ -53,10 +53,10 @@ const commands = {
       connectionEncrypters: [noise()],
       streamMuxers: [yamux()],
       metrics: watching,
-      connectionMonitor: { enabled: false }, // it pings when it likes, and one ping at a time is allowed
+      connectionMonitor: { enabled: false }, // it pings when it likes
       services: {
         identify: identify(),
-        ping: ping(),
+        ping: ping({ maxOutboundStreams: 4 }), // the DHT pings too, and one at a time is the default
         dht: kadDHT({ protocol: '/ipfs/kad/1.0.0', clientMode: false, peerInfoMapper: passthroughMapper }),
         pubsub: gossipsub({ allowPublishToZeroTopicPeers: true })
       }
@@ -117,11 +117,13 @@ const commands = {
   },
   async closest ({ cid }) {
     const found = new Set()
+    const errors = []
     for await (const step of peer.services.dht.getClosestPeers(CID.parse(cid).multihash.bytes)) {
       if (step.name === 'FINAL_PEER') found.add(step.peer.id.toString())
       if (step.name === 'PEER_RESPONSE') found.add(step.from.toString())
+      if (step.name === 'QUERY_ERROR') errors.push(`${step.from}: ${step.error}`)
     }
-    return { peers: [...found] }
+    return { peers: [...found], errors }
   },
   // Bytes on a stream of a protocol, then its end; how it stands then.
   async raw ({ addr, protocol, data, end = 'close' }) {

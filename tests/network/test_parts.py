@@ -12,6 +12,7 @@ from blyan_node.network.addresses import (
     announced,
     dialable,
     dialable_ones,
+    is_own,
     parse_bootstrap,
     parse_listen,
     split_peer,
@@ -75,6 +76,9 @@ def peer(number: int) -> PeerId:
         ("/ip4/300.0.2.7/tcp/4040", False),
         ("/unix/x/tcp/1", False),
         ("/ip4/::1/tcp/1", False),
+        ("/ip4/224.0.0.1/tcp/1", False),
+        ("/ip6/ff02::1/tcp/1", False),
+        ("/ip6/::ffff:127.0.0.1/tcp/1", False),
         ("/ip6/fe80::1%eth0/tcp/1", False),
         ("/dns4/a b/tcp/1", False),
         ("/ip4/192.0.2.7/tcp/+40", False),
@@ -137,6 +141,8 @@ def test_what_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert announced(everywhere, ()) == ["/ip4/10.0.0.5/tcp/4040", "/ip4/192.0.2.7/tcp/4040"]
     assert announced(["/ip4/127.0.0.1/tcp/1"], ()) == ["/ip4/127.0.0.1/tcp/1"]
     assert announced(everywhere, (f"/dns4/a.b/tcp/1/p2p/{ALICE}",)) == ["/dns4/a.b/tcp/1"]
+    monkeypatch.setattr(module, lambda version: ["fe80::5", "fd00::5"])
+    assert announced(["/ip6/::/tcp/4040"], ()) == ["/ip6/fd00::5/tcp/4040"]
     monkeypatch.setattr(module, lambda version: [])
     assert announced(everywhere, ()) == ["/ip4/127.0.0.1/tcp/4040"]
 
@@ -144,6 +150,20 @@ def test_what_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_tells_few_addresses() -> None:
     many = [f"/ip4/192.0.2.7/tcp/{port}" for port in range(1, 50)]
     assert dialable_ones([ADDR, "junk", ADDR, *many]) == [ADDR, *many[: hello_addrs_max - 1]]
+
+
+def test_what_means_another_machine_here_than_there_is_taken_from_neighbours_alone() -> None:
+    own = ["/ip4/127.0.0.9/tcp/1", "/ip6/::1/tcp/1", "/ip4/169.254.169.254/tcp/80"]
+    others = [ADDR, "/ip4/10.0.0.5/tcp/1", "/ip6/fd00::5/tcp/1", "/dns4/localhost/tcp/1"]
+    assert dialable_ones([*own, *others]) == [*own, *others]
+    assert dialable_ones([*own, "/ip6/fe80::5/tcp/1", *others], from_here=False) == others
+
+
+def test_which_hosts_are_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {4: ["10.0.0.5"], 6: ["fd00::5"]}
+    monkeypatch.setattr("blyan_node.network.addresses.get_network_addrs", kept.__getitem__)
+    assert all(is_own(host) for host in ("127.0.0.1", "::1", "10.0.0.5", "fd00::5"))
+    assert not any(is_own(host) for host in ("", "10.0.0.6", "fe80::1%eth0", "192.0.2.7"))
 
 
 # The address book

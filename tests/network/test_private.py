@@ -1,5 +1,6 @@
 """Private swarms: who has no key or another one is told apart from a friend at the first bytes."""
 
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -29,7 +30,7 @@ from blyan_node.network.private import (
 from blyan_node.testing.echo_node import MESSAGES, NETWORK, PROTOCOL, Echo, echo
 from blyan_node.testing.trio_tests import trio_test
 from protocols.ids import PeerId
-from protocols.limits import turned_away_said_every_s
+from protocols.limits import handshakes_max, turned_away_said_every_s
 from protocols.signing import Identity
 
 OURS, OTHER = bytes([1]) * 32, bytes([2]) * 32
@@ -228,6 +229,40 @@ def test_who_is_not_allowed_gets_nothing_but_hello() -> None:
             stream = await host.new_stream(peer, [TProtocol("/blyan/hello/1")])
             await stream.reset()
             assert carol._host.get_id() not in alice._gossip._pubsub.peers
+
+    story()
+
+
+def test_who_is_not_allowed_and_says_nothing_does_not_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("blyan_node.network.membership.hello_s_max", 0.5)
+
+    @trio_test
+    async def story() -> None:
+        alice, carol = build(1, None, frozenset()), build(3, None)
+        async with running(alice, carol):
+            carol._members.around.greeting.begin = forget  # type: ignore[method-assign, assignment]
+            with contextlib.suppress(PeerGone):
+                await carol.connect(alice.addrs[0])
+            with trio.fail_after(10):
+                while alice._members.connections():
+                    await alice._members.changed.wait()
+
+    story()
+
+
+def test_half_a_nonce_and_then_nothing_keeps_nobody_out() -> None:
+    @trio_test
+    async def story() -> None:
+        alice, bob = build(1, OURS), build(2, OURS)
+        async with running(alice, bob), contextlib.AsyncExitStack() as held:
+            for _ in range(handshakes_max + 20):
+                stream = await held.enter_async_context(await dial(alice))
+                await stream.send_all(os.urandom(NONCE_BYTES // 2))
+            await bob.connect(alice.addrs[0])
+            assert len(alice._swarm.handshakes) <= handshakes_max
+            assert list(alice.peers) == [bob.peer_id]
 
     story()
 

@@ -56,6 +56,7 @@ def test_bootstrap(seen: list[BootstrapSeen], peers: int, verdict: str, next: st
     [
         ("192.0.2.1", "no answer", LISTEN, [ADDR], "open TCP port 4040 in the firewall"),
         ("198.51.100.9", "refused", LISTEN, [ADDR], "--announce /ip4/198.51.100.9/tcp/4040"),
+        ("2001:db8::9", "refused", LISTEN, [ADDR], "--announce /ip6/2001:db8::9/tcp/4040"),
         ("192.0.2.1", "refused", ["/ip4/127.0.0.1/tcp/1"], [], "--listen /ip4/0.0.0.0"),
     ],
 )
