@@ -12,7 +12,6 @@ one atomic batch with header, manifest and indexes.
 import contextlib
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from storage.blocks import Blocks
 from storage.chunks import Chunks
 from storage.engine import Engine
 from storage.errors import BlockMissing, Corrupt
+from storage.gate import Gate
 from storage.index import Index
 from storage.leveldb import LevelDBEngine
 from storage.lock import Lock
@@ -89,8 +89,7 @@ class Store(Blocks):
         self.reads: Counter[BlockId] = Counter()
         self._directory = directory
         self._read_bytes = 0  # of bodies, since the pages of the last ones were let go
-        self._ingests = 0
-        self._gate = threading.Condition()
+        self._writers = Gate()
         self._resources = contextlib.ExitStack()
 
     @property
@@ -164,29 +163,13 @@ class Store(Blocks):
     @contextlib.contextmanager
     def ingest(self) -> Iterator[Ingest]:
         """A session of writing tensors and staging blocks (see `storage.tensors`)."""
-        with self._gate:
-            self._gate.wait_for(lambda: self._ingests >= 0)
-            self._ingests += 1
-        with Ingest(self.chunks, self, self._ingest_closed) as session:
+        self._writers.enter()
+        with Ingest(self.chunks, self, self._writers.leave) as session:
             yield session
 
-    @contextlib.contextmanager
-    def no_ingest(self) -> Iterator[bool]:
+    def no_ingest(self) -> contextlib.AbstractContextManager[bool]:
         """Keeps sessions of writing out; False if one is under way."""
-        with self._gate:
-            alone = self._ingests == 0
-            self._ingests -= alone
-        try:
-            yield alone
-        finally:
-            with self._gate:
-                self._ingests += alone
-                self._gate.notify_all()
-
-    def _ingest_closed(self) -> None:
-        with self._gate:
-            self._ingests -= 1
-            self._gate.notify_all()
+        return self._writers.closed()
 
     def body(self, id: BlockId) -> tuple[Block, Manifest]:
         """A block and its manifest; raises `BlockMissing`."""

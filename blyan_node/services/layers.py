@@ -6,49 +6,29 @@ is loaded here if memory allows, from the store or from a peer that stores it; i
 is waited for a moment, and then the request fails and names the expert and its block.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import trio
 
-from blyan_node.network.errors import PeerGone, PeerRefused, RequestTimeout
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.account import Account
-from blyan_node.services.compute import LayerRows, Rows, apply_expert, finite_rows
+from blyan_node.services.activation import Replied, ask
+from blyan_node.services.compute import LayerRows, Rows, apply_expert
 from blyan_node.services.directory import Adverts
 from blyan_node.services.held import NoRoom
 from blyan_node.services.holding import Holding
 from blyan_node.services.spread import Spread
 from protocols import limits
-from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+from protocols.errors import ErrorCode, Refused
 from protocols.experts.routing import Links
 from protocols.forward.dispatch import Dispatch, Send, Step, Unserved
 from protocols.forward.grouping import Need, group_rows
-from protocols.forward.messages import (
-    PROTOCOL,
-    REQUEST_ID_BYTES,
-    Activate,
-    Activated,
-    Busy,
-    ExpertRows,
-    NotHeld,
-    Reply,
-    check_reply,
-)
+from protocols.forward.messages import Activated, Busy, NotHeld
 from protocols.ids import BlockId, PeerId, cid_text, expert_subject
 from protocols.metrics import BEHIND, LAYER_LABELS_MAX
 from protocols.ready import Ready
-
-
-@dataclass(frozen=True)
-class _Replied:
-    """What became of a message: the rows, another reply, or None if it failed."""
-
-    send: Send
-    reply: Reply | None
-    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,7 @@ class _Again:
     need: Need
 
 
-_Outcome = _Replied | _Here | _Again | Refused
+_Outcome = Replied | _Here | _Again | Refused
 
 
 class Layers:
@@ -159,7 +139,7 @@ class _Run:
             return await self._outcomes.receive()
         return None
 
-    def _take(self, outcome: _Replied | _Here | _Again | None) -> Step:
+    def _take(self, outcome: Replied | _Here | _Again | None) -> Step:
         now = trio.current_time()
         match outcome:
             case None:
@@ -170,16 +150,16 @@ class _Run:
                 for need, computed in zip(needs, rows, strict=True):
                     self._place(need, computed, self._layers.network.peer_id)
                 return Ready()
-            case _Replied(send, Activated(), rows) if rows is not None:
+            case Replied(send, Activated(), rows) if rows is not None:
                 self._accept(send, rows, now)
                 return Ready()
-            case _Replied(send, Busy()):
+            case Replied(send, Busy()):
                 return self._dispatch.busy(send.ticket, now)
-            case _Replied(send, NotHeld(blocks)):
+            case Replied(send, NotHeld(blocks)):
                 for block in blocks:
                     self._layers.adverts.directory.disown(send.peer, block)
                 return self._dispatch.not_held(send.ticket, blocks, now)
-            case _Replied(send):
+            case Replied(send):
                 return self._dispatch.failed(send.ticket, now)
 
     def _accept(self, send: Send, rows: Rows, now: float) -> None:
@@ -196,46 +176,8 @@ class _Run:
         self._account.computed(self._batch.layer, need.expert, need.block, peer, len(need.rows))
 
     async def _ask(self, send: Send) -> None:
-        message = self._message(send)
-        self._account.remote_calls += 1
-        self._account.retries += send.again
-        self._account.bytes_sent += len(message.data)
-        await self._put.send(await self._request(send, message))
-
-    def _message(self, send: Send) -> Activate:
-        rows = sorted({row for need in send.needs for row in need.rows})
-        places = {row: place for place, row in enumerate(rows)}
-        return Activate(
-            request=os.urandom(REQUEST_ID_BYTES),
-            model=self._batch.model,
-            layer=self._batch.layer,
-            profile=self._batch.profile,
-            rows=len(rows),
-            hidden=self._batch.rows.shape[1],
-            within_ms=limits.activation_s_max * 1000,
-            experts=tuple(
-                ExpertRows(need.block, tuple(places[row] for row in need.rows))
-                for need in send.needs
-            ),
-            data=self._batch.rows[rows].tobytes(),
-        )
-
-    async def _request(self, send: Send, message: Activate) -> _Replied:
         network = self._layers.network
-        try:
-            reply = await network.request(
-                send.peer, PROTOCOL, message, timeout_s=limits.activation_s_max
-            )
-            check_reply(reply, message)
-            if isinstance(reply, Activated):
-                self._account.bytes_received += len(reply.data)
-                return _Replied(send, reply, finite_rows(reply, message))
-            return _Replied(send, reply)
-        except (PeerGone, PeerRefused, RequestTimeout):
-            return _Replied(send, None)
-        except RemoteProtocolError as error:
-            network.penalise(send.peer, error)
-            return _Replied(send, None)
+        await self._put.send(await ask(network, self._batch, send, self._account))
 
     async def _compute_kept(self, needs: Sequence[Need]) -> None:
         rows = await self._compute_here(needs)
