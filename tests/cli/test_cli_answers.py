@@ -116,7 +116,10 @@ def test_what_is_never_computed_is_told_and_its_names_are_not(node: Any, command
     )  # fmt: skip
     node.answers["model.dry_run"] = lambda request, context: rehearsed
     said = command("model", "publish", "m", "--name", "m", "--dry-run").out
-    assert "1.0 MiB of it, kept and exported" in said
+    assert "1.0 MiB of it, kept and exported" in said and "about 1.0 s" in said
+    rehearsed = msgspec.structs.replace(rehearsed, seconds=None, write_bytes_per_s=None)
+    said = command("model", "publish", "m", "--name", "m", "--dry-run").out
+    assert "would take" in said and "not known: the disk had no room for a trial" in said
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,10 @@ def test_no_more_than_the_disk_option_allows(models: Path, tmp_path: Path) -> No
     assert daemon.fsck()["ok"]
     with Foreground(tmp_path / "alice", "--disk", "1GiB") as alice:
         assert _tokens(alice) == expected
+        there = {path.name for path in (tmp_path / "alice").iterdir()}
         dry = alice("model", "publish", models / "large", "--name", "large", "--dry-run")
         assert dry["seconds"] > 0 and dry["model"] is None
+        assert {path.name for path in (tmp_path / "alice").iterdir()} == there
         assert alice("status")["stored_bytes"] == stored
         done = _publish(alice, models, "large")
         assert done["reused_bytes"] == 0, "the refused one stored nothing"

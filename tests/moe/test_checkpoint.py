@@ -232,6 +232,19 @@ def test_a_missing_shard_is_refused_by_name(sharded: Path) -> None:
         Checkpoint.open(sharded)
 
 
+def test_links_are_followed(sharded: Path, tmp_path: Path) -> None:
+    """The cache of huggingface_hub is a folder of links to files named by their hashes."""
+    linked, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    linked.mkdir()
+    blobs.mkdir()
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (linked / file.name).symlink_to(f"../blobs/{number}")
+    ours, theirs = Checkpoint.open(linked), Checkpoint.open(sharded)
+    assert (ours.files, ours.subjects) == (theirs.files, theirs.subjects)
+    assert ours.load(ours.subjects[0].subject) == theirs.load(ours.subjects[0].subject)
+
+
 def test_not_a_directory(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=re.escape("nowhere is not a directory")):
         Checkpoint.open(tmp_path / "nowhere")

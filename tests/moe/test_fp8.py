@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe import stored
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.contract import Contract
 from blyan_node.moe.experts import Expert
@@ -32,13 +33,15 @@ from blyan_node.testing.fp8 import (
 )
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.truth import greedy, logits_of
+from protocols import limits
 from protocols.errors import Refused
-from protocols.ids import Subject
-from protocols.precision import PRECISIONS
+from protocols.ids import ChunkHash, Subject
+from protocols.precision import PRECISIONS, Precision
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
 
 PROMPT = [(31 * i * i + 17 * i + 5) % 89 + 2 for i in range(48)]
 EXPERT = Subject("layer2.expert2")
+CHUNK = ChunkHash(bytes(32))
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"mtp": True, "sharded": True},
     "qwen3_moe": {"scales": torch.bfloat16, "norm_topk_prob": True},
@@ -88,15 +91,18 @@ def test_what_a_swarm_computes_equals_the_reference(
 ) -> None:
     """With the kernels and with torch; and the kernels equal the written order."""
     checkpoint = Checkpoint.open(directories[family])
-    for arithmetic in (best(), Plain()):
-        expected, _ = open_reference(directories[family], arithmetic).forward(PROMPT)
-        engine = Engine(checkpoint.config, checkpoint.load, arithmetic)
+    choices: list[tuple[Arithmetic, Precision]] = [
+        (best(), "as-published"), (best(), "int8"), (Plain(), "as-published")
+    ]  # fmt: skip
+    for arithmetic, precision in choices:
+        expected, _ = open_reference(directories[family], arithmetic, precision).forward(PROMPT)
+        engine = Engine(checkpoint.config, checkpoint.load, arithmetic, precision)
         cache, composed = engine.trunk.new_cache(), random.Random(3)
         cuts = (PROMPT[:31], PROMPT[31:47], PROMPT[47:])
         logits = [engine.forward([(cache, ids)], composed)[0] for ids in cuts]
         assert torch.equal(torch.cat(logits), expected)
         if isinstance(arithmetic, Contract):
-            exact, _ = open_reference(directories[family], Exact()).forward(PROMPT[:4])
+            exact, _ = open_reference(directories[family], Exact(), precision).forward(PROMPT[:4])
             assert torch.equal(exact, expected[:4])
 
 
@@ -149,14 +155,14 @@ def _manifest(given: dict[str, tuple[Dtype, tuple[int, ...], memoryview]]) -> Ma
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_parts_are_held_as_they_are_stored_in_every_precision(
-    directories: dict[str, Path], family: str, precision: str
+    directories: dict[str, Path], family: str, precision: Precision
 ) -> None:
     """But embedding and head, which are no FP8, and the matrix that is computed with by columns."""
     checkpoint = Checkpoint.open(directories[family])
     for part in layout(checkpoint.config):
         given = checkpoint.load(part.subject)
-        held = hold(part, given, precision)  # type: ignore[arg-type]
-        assert held.bytes == part_bytes(part, _manifest(given), precision)  # type: ignore[arg-type]
+        held = hold(part, given, precision)
+        assert held.bytes == part_bytes(part, _manifest(given), precision)
         if part.subject in ("embed", "head", "final") or part.subject.endswith("router"):
             continue
         assert not held.converted
@@ -198,6 +204,23 @@ def test_a_layer_that_predicts_further_tokens_is_kept_and_never_computed(
 
     Engine(checkpoint.config, load)
     assert "layer3.mtp" not in read and "layer2.expert0" in read
+
+
+def test_a_kept_layer_that_one_manifest_cannot_list_is_refused(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = directories["deepseek_v3"]
+    kept = next(p for p in Checkpoint.open(path).subjects if p.subject == "layer3.mtp")
+    entries = (
+        TensorEntry(t.name, t.dtype, t.shape, t.size, (CHUNK,) * -(-t.size // limits.chunk_bytes))
+        for t in Checkpoint.open(path).read(kept.subject)
+    )
+    _, listed = Manifest(tuple(entries)).encode()
+    monkeypatch.setattr(limits, "manifest_bytes_max", len(listed))
+    with pytest.raises(Refused, match=r"layer3.mtp, which is kept .* too large for one block"):
+        Checkpoint.open(path)
+    monkeypatch.setattr(limits, "manifest_bytes_max", 2 * len(listed))
+    Checkpoint.open(path)
 
 
 def test_a_layer_behind_those_that_are_counted_is_refused(

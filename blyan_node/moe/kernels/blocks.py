@@ -130,7 +130,7 @@ def _widen(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
             block = emit.at(b, start, tile.length(b, storage, at))
             for line in range(0, storage.bytes(order.BLOCK), tile.LINE_BYTES):
                 emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
-            scale = tile.scale_at(b, storage, scales, at)
+            scale = storage.scale_at(b, scales, at)
             parts = storage.read(b, block, scale, target.lanes)
             _store_block(b, parts, target, emit.at(b, out, b.shl(offset, emit.word(2))))
     b.ret_void()
@@ -157,7 +157,7 @@ def _widen_tail(module: ir.Module, storage: Storage, target: Target) -> ir.Funct
         (start,) = tile.rows_of(b, matrix, "weights", b.add(column, number), 1)
         (scales,) = tile.scales_of(b, storage, matrix, b.add(column, number), 1)
         pad(b, block, emit.at(b, start, tile.length(b, storage, k)), length, storage.bytes(1))
-        scale = tile.scale_at(b, storage, scales, k)
+        scale = storage.scale_at(b, scales, k)
         parts = storage.read(b, block, scale, target.lanes)
         _store_block(b, parts, target, emit.at(b, weights, b.mul(number, emit.word(4 * _DEPTH))))
     b.ret_void()

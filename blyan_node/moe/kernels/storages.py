@@ -59,6 +59,13 @@ class Storage:
         """The length of so many weights."""
         return -(-weights * self.bits // 8)
 
+    def scale_at(self, b: ir.IRBuilder, scale: ir.Value, k: ir.Value) -> ir.Value:
+        """The address of the scale of the weights from `k` on, in blocks whose first is `scale`."""
+        if self.grid is None:
+            return scale
+        number = b.lshr(k, emit.word(self.grid.depth.bit_length() - 1))
+        return emit.at(b, scale, b.mul(number, emit.word(self.grid.size)))
+
 
 def _float32(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
     return lambda part: emit.load(b, vector(FLOAT, lanes), block, 4 * lanes * part)

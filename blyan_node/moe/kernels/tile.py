@@ -169,13 +169,13 @@ def _tile(
             emit.prefetch(b, emit.at(b, coming, line))
         for weight, scale in zip(weights, scales, strict=True):
             block = emit.at(b, weight, length(b, storage, k))
-            parts.append(storage.read(b, block, scale_at(b, storage, scale, k), target.lanes))
+            parts.append(storage.read(b, block, storage.scale_at(b, scale, k), target.lanes))
         here = [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs]
         sums.add_block(b, here, parts, step)
     done = b.load(k_cell, typ=I64)
     if storage.bits >= 8:
         with b.if_then(b.icmp_signed("<", done, depth), likely=False):
-            places = zip(weights, (scale_at(b, storage, one, done) for one in scales), strict=True)
+            places = zip(weights, (storage.scale_at(b, one, done) for one in scales), strict=True)
             _add_remainder(b, storage, sums, xs, list(places), (done, depth))
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
     finish(b, storage, matrix, sums, ys, (column, columns))
@@ -201,14 +201,6 @@ def scales_of(
     shift = emit.word(storage.grid.outs.bit_length() - 1)
     rows = [b.lshr(b.add(column, emit.word(j)), shift) for j in range(columns)]
     return [emit.at(b, start, b.mul(row, stride)) for row in rows]
-
-
-def scale_at(b: ir.IRBuilder, storage: Storage, scale: ir.Value, k: ir.Value) -> ir.Value:
-    """The address of the scale of the weights from `k` on, a multiple of 32."""
-    if storage.grid is None:
-        return scale
-    number = b.lshr(k, emit.word(storage.grid.depth.bit_length() - 1))
-    return emit.at(b, scale, b.mul(number, emit.word(storage.grid.size)))
 
 
 def length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
