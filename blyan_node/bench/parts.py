@@ -1,66 +1,55 @@
 """`decode-parts`: where the time of a token goes, by part of the layers, in this process.
 
 The whole model on one thread, without the services around it and without sampling. Beside each
-part: how long its weights take to read. What is in no part is Python and torch between the kernels.
+part: how long its weights take to read. A token is one native call; to see its parts, every second
+token is made span by span. What is between them is Python, the calls of the spans included.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from blyan_node.bench.decoding import READ_BYTES
 from blyan_node.bench.models import write_model
 from blyan_node.bench.rows import Row, row, seconds
-from blyan_node.moe.arithmetic import Arithmetic
-from blyan_node.moe.cache import KVCache
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.config import GroupedAttention, ModelConfig, MoeFeed
 from blyan_node.moe.contract import Contract
+from blyan_node.moe.here import Here
 from blyan_node.moe.kernels.library import load
 from blyan_node.moe.kernels.objects import user_folder
+from blyan_node.moe.kernels.program import Program
 from blyan_node.testing.engine import Engine
-from protocols.ids import expert_subject
 from protocols.precision import PUBLISHED, Precision
 from protocols.tensors.manifest import Dtype
 
 PROMPT_TOKENS, TOKENS = 16, 48
-# Parts of a layer by the function that the trunk and the experts give the arithmetic to repeat.
-_STEPS = {"before": "projections", "after": "output and router", "_compute": "experts"}
-_TIMED = {"rotate": "attention", "attend": "attention"}
 _GOAL = "near 1: reading is the limit"
 
 Spent = dict[str, float]
 
 
-class Timed:
-    """An `Arithmetic` that notes how long each part took, in s."""
+class Timed(Program):
+    """A program that notes how long each part of what it walks took, in s."""
 
-    def __init__(self, inner: Arithmetic, spent: Spent) -> None:
-        self._inner, self._spent = inner, spent
+    def __init__(self, inner: Program) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.spent: Spent = {}
 
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return partial(timed, self._spent, _TIMED[name], found) if name in _TIMED else found
-
-    def steps(self, function: Callable[..., tuple[Tensor, ...]]) -> Any:
-        """Notes the time of the function under its part."""
-        part = _STEPS[function.__name__]
-        return partial(timed, self._spent, part, self._inner.steps(function))
-
-
-def timed(spent: Spent, part: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """Calls the function and adds the time that it takes to its part's."""
-    started = time.perf_counter()
-    found = function(*given, **named)
-    spent[part] = spent.get(part, 0.0) + time.perf_counter() - started
-    return found
+    def walk(self, first: int, last: int) -> int | None:
+        """The same span by span."""
+        for begin, end, part in self.parts():
+            if first < end and begin < last:
+                started = time.perf_counter()
+                stopped = super().walk(max(first, begin), min(last, end))
+                taken = time.perf_counter() - started
+                self.spent[part] = self.spent.get(part, 0.0) + taken
+                if stopped is not None:
+                    return stopped
+        return None
 
 
 def measure() -> list[Row]:
@@ -77,22 +66,28 @@ def parts(model: Path, precision: Precision, weight_bytes: int, name: str) -> li
     """The rows of one precision."""
     torch.set_num_threads(1)
     kernels, memory = load(user_folder()), torch.ones(READ_BYTES // 4)
-    spent: Spent = {}
     checkpoint = Checkpoint.open(model)
-    arithmetic = cast(Arithmetic, Timed(Contract(kernels), spent))
-    engine = Engine(checkpoint.config, checkpoint.load, arithmetic, precision)
-    cache, taken, reading = engine.trunk.new_cache(), [], []
-    state = engine.trunk.embed(range(3, 3 + PROMPT_TOKENS))
-    token = _token(engine, cache, state, spent)
-    for _ in range(TOKENS):
-        spent.clear()
+    engine = Engine(checkpoint.config, checkpoint.load, Contract(kernels), precision)
+    trunk, here = engine.trunk, Here(engine.config, engine.experts_by_place())
+    assert trunk.token is not None
+    cache, whole = trunk.new_cache(PROMPT_TOKENS + 2 * TOKENS + 1), trunk.token.program
+    by_part, token = Timed(whole), 3
+    taken, reading = [], []
+    for number in range(PROMPT_TOKENS + 2 * TOKENS):
+        trunk.token.program = by_part if number % 2 else whole
+        by_part.spent.clear()
         started = time.perf_counter()
-        token = _token(engine, cache, engine.trunk.embed([token]), spent)
-        spent["all"] = time.perf_counter() - started
-        taken.append(dict(spent))
-        reading.append(seconds(lambda: kernels.read(memory, READ_BYTES)) / READ_BYTES)
-    medians = {part: statistics.median(one[part] for one in taken) for part in taken[0]}
-    medians["between them"] = 2 * medians["all"] - sum(medians.values())
+        logits = trunk.enter([token], cache, here, slice(None))
+        whole_s = time.perf_counter() - started
+        by_part.spent["between them"] = whole_s - sum(by_part.spent.values())
+        by_part.spent["all"] = whole_s
+        assert isinstance(logits, torch.Tensor)
+        token = int(logits.argmax())
+        if number >= PROMPT_TOKENS:
+            taken.append(dict(by_part.spent))
+            reading.append(seconds(lambda: kernels.read(memory, READ_BYTES)) / READ_BYTES)
+    medians = {part: statistics.median(one[part] for one in taken[1::2]) for part in taken[1]}
+    medians["all"] = statistics.median(one["all"] for one in taken[::2])
     weights = weights_of(checkpoint.config)
     second = statistics.median(reading) * weight_bytes
     return [
@@ -123,19 +118,3 @@ def weights_of(config: ModelConfig) -> dict[str, int]:
         for part, size in sizes.items():
             found[part] = found.get(part, 0) + size
     return found | {"all": sum(found.values())}
-
-
-def _token(engine: Engine, cache: KVCache, x: Tensor, spent: Spent) -> int:
-    """The next token after these rows."""
-    trunk = engine.trunk
-    for layer in range(len(engine.config.layers)):
-        attended = trunk.attend(layer, x, cache)
-        assert attended.routed is not None
-        normed, chosen = attended.routed.normed, attended.routed.experts
-        rows = torch.empty(*chosen.shape, engine.config.hidden)
-        for row_, experts in enumerate(chosen.tolist()):
-            for rank, number in enumerate(experts):
-                expert = engine.experts[expert_subject(layer, number)]
-                rows[row_, rank] = expert.apply(normed[row_ : row_ + 1])[0]
-        x = trunk.combine(attended, rows)
-    return int(timed(spent, "head", trunk.logits, x[-1:]).argmax())

@@ -40,6 +40,14 @@ class Engine:
             if part.kind is Kind.EXPERT
         }
 
+    def experts_by_place(self) -> dict[tuple[int, int], Expert]:
+        """Them all by layer and number."""
+        return {
+            (layer, number): self.experts[expert_subject(layer, number)]
+            for layer in range(len(self.config.layers))
+            for number in range(self.config.experts_of(layer))
+        }
+
     def forward(
         self, requests: Sequence[tuple[KVCache, Sequence[int]]], composed: random.Random
     ) -> list[Tensor]:

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from blyan_node.bench import decoding, parts
 from blyan_node.bench.models import write_model
 from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.here import Here
 from blyan_node.moe.kernels.targets import Unsupported, runnable
+from blyan_node.testing.engine import Engine
 from protocols.tensors.manifest import Dtype
 
 SMALL: dict[str, object] = {
@@ -35,16 +38,28 @@ def test_every_part_has_a_row(model: Path) -> None:
     rows = parts.parts(model, "int8", 1, "int8")
     names = {one.name.partition(", ")[2] for one in rows}
     assert names == {
-        "all", "projections", "attention", "output and router", "experts", "head", "between them",
+        "all", "projections", "attention", "output and router", "choosing", "experts",
+        "combining", "head", "between them",
     }  # fmt: skip
-    times = {one.name.partition(", ")[2]: one.value for one in rows}
-    assert times["all"] == max(times.values())
     assert all(one.value > 0 and one.unit == "ms/token" for one in rows)
 
 
-def test_what_is_timed_is_added_to_its_part() -> None:
-    spent: parts.Spent = {}
-    assert parts.timed(spent, "head", lambda x, *, y: x + y, 2, y=3) == 5
-    once = spent["head"]
-    parts.timed(spent, "head", lambda: None)
-    assert spent.keys() == {"head"} and spent["head"] >= once > 0
+def test_a_token_made_part_by_part_is_the_same_token(model: Path) -> None:
+    try:
+        runnable()
+    except Unsupported as error:
+        pytest.skip(str(error))
+    checkpoint = Checkpoint.open(model)
+    engine = Engine(checkpoint.config, checkpoint.load)
+    trunk, here = engine.trunk, Here(engine.config, engine.experts_by_place())
+    assert trunk.token is not None
+    timed = parts.Timed(trunk.token.program)
+    found: list[torch.Tensor] = []
+    for program in (trunk.token.program, timed):
+        trunk.token.program, cache = program, trunk.new_cache()
+        for token in range(5):
+            logits = trunk.enter([token], cache, here, slice(None))
+        assert isinstance(logits, torch.Tensor)
+        found.append(logits)
+    assert torch.equal(found[0], found[1])
+    assert timed.spent.keys() == {name for *_, name in timed.parts()}

@@ -1,7 +1,6 @@
 """A token is one call of native code: its bits, where it stops, and who else computes meanwhile."""
 
 import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from blyan_node.moe.cache import KVCache
 from blyan_node.moe.checkpoint import Checkpoint
-from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.here import Here
 from blyan_node.moe.kernels.program import Program
 from blyan_node.moe.kernels.targets import Unsupported, runnable
@@ -55,14 +53,9 @@ class Passes:
 
     def __init__(self, engine: Engine, cache: KVCache, missing: set[tuple[int, int]]) -> None:
         self.engine, self.cache, self.missing = engine, cache, missing
-        self.here = Here(
-            engine.config,
-            {
-                (layer, number): engine.experts[expert_subject(layer, number)]
-                for layer, number in every_expert(engine.config)
-                if (layer, number) not in missing
-            },
-        )
+        places = engine.experts_by_place().items()
+        here = {place: expert for place, expert in places if place not in missing}
+        self.here = Here(engine.config, here)
         self.stops: list[int] = []  # the layers where a token had to wait
 
     def begin(self, ids: list[int]) -> Tensor:
@@ -86,13 +79,6 @@ class Passes:
         assert routed is not None
         subjects = [expert_subject(attended.layer, n) for n in routed.experts[0].tolist()]
         return torch.stack([self.engine.experts[one].apply(routed.normed) for one in subjects], 1)
-
-
-def every_expert(config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """All experts, by layer and number."""
-    for layer in range(len(config.layers)):
-        for number in range(config.experts_of(layer)):
-            yield layer, number
 
 
 def _engine(directory: Path) -> Engine:
@@ -129,7 +115,7 @@ def test_a_token_stops_where_experts_are_elsewhere_and_goes_on_behind(
     directory: Path, prompt: list[int]
 ) -> None:
     engine, (expected, chosen) = _engine(directory), _expected(directory, prompt)
-    everywhere = list(every_expert(engine.config))
+    everywhere = list(engine.experts_by_place())
     for missing in (set(everywhere), set(random.Random(3).sample(everywhere, 3))):
         passes = Passes(engine, engine.trunk.new_cache(), missing)
         got = [passes.begin(prompt[:FIRST])]
@@ -148,7 +134,7 @@ def test_sessions_take_turns_and_do_not_meet(directory: Path, prompt: list[int])
     """Two sequences stop at every layer in turn, and a third finds the steps taken."""
     engine, (expected, _) = _engine(directory), _expected(directory, prompt)
     other, _ = _expected(directory, prompt[::-1])
-    trunk, missing, rows = engine.trunk, set(every_expert(engine.config)), slice(None)
+    trunk, missing, rows = engine.trunk, set(engine.experts_by_place()), slice(None)
     pair = [Passes(engine, trunk.new_cache(), missing) for _ in range(2)]
     third, kernels = Passes(engine, trunk.new_cache(), set()), best().recorded_by
     assert kernels is not None

@@ -1,10 +1,13 @@
 """A token whose experts are here stays in one thread; where some are not, nothing else changes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
+from blyan_node.moe.kernels.program import Program
+from blyan_node.moe.kernels.targets import Unsupported, runnable
 from blyan_node.services.session import Session
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.reference import open_reference
@@ -89,7 +92,7 @@ async def test_what_is_dropped_meanwhile_leaves_when_the_token_is_done(
     swarm = Swarm(tmp_path)
     alice = swarm.node("alice", "main")
     swarm.node("bob")
-    compute, dropped = Session._compute, []
+    compute, dropped = Session._compute, list[BlockId]()
 
     async with swarm.started():
         await _swarm_of_two(swarm, path, ALL, [])
@@ -107,3 +110,58 @@ async def test_what_is_dropped_meanwhile_leaves_when_the_token_is_done(
         assert dropped and result.token_ids == open_reference(path).generate(PROMPT, NEW)
         kept = [held for held in alice.holding.held() if held.what.block in dropped]
         assert all(held.reason.value == "passing" for held in kept)  # loaded again for the rest
+
+
+@trio_test
+async def test_a_token_is_one_native_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        runnable()
+    except Unsupported as error:
+        pytest.skip(str(error))
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    walk, calls = Program.walk, list[tuple[int, int]]()
+
+    def counted(program: Program, first: int, last: int) -> int | None:
+        calls.append((first, last))
+        return walk(program, first, last)
+
+    monkeypatch.setattr(Program, "walk", counted)
+    async with swarm.started():
+        await _swarm_of_two(swarm, path, ALL, [])
+        first = await _answer(alice)  # the steps of each expert are recorded when it is needed
+        calls.clear()
+        again = await _answer(alice)
+    assert again.token_ids == first.token_ids and again.trace == first.trace
+    assert len(calls) == NEW - 1 and set(calls) == {(0, calls[0][1])}
+
+
+@trio_test
+async def test_between_tokens_experts_are_given_back_to_who_needs_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    following, left = Session.next, list[tuple[int, int]]()
+
+    async with swarm.started():
+        await _swarm_of_two(swarm, path, ALL, [])
+
+        async def drops(session: Session, *given: Any) -> int:
+            if session._length == len(PROMPT) + 2:
+                assert alice.holding.borrowers
+                for held in alice.holding.held():
+                    await alice.holding.drop(held.what.block)
+                left.append((alice.holding.memory.experts, len(alice.holding.borrowers)))
+            return await following(session, *given)
+
+        monkeypatch.setattr(Session, "next", drops)
+        result = await _answer(alice)
+        assert left == [(0, 0)] and result.token_ids == open_reference(path).generate(PROMPT, NEW)
+        rows = [entry.peers for entry in result.trace.values()]
+        assert sum(sum(peers.values()) for peers in rows) == (len(PROMPT) + NEW - 1) * LAYERS * TOP
+        assert not alice.holding.borrowers

@@ -11,8 +11,6 @@ from blyan_node.moe.kernels.order import BLOCK
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.tile import FIELDS
 
-# Others are asked for while the weights this far before them are read.
-_AHEAD_BYTES = 16 * 1024
 _TILE_COLUMNS = 4
 
 # What a matrix without scales or biases is given: neither changes a bit of any sum.
@@ -98,7 +96,7 @@ class Matrix:
             biases=address(_NOTHING if biases is None else biases),
             biases_stride=0 if biases is None else 4,
             depth=self.depth,
-            tiles_ahead=1 + _AHEAD_BYTES // max(1, stride * _TILE_COLUMNS),
+            tiles_ahead=1 + self.storage.ahead // max(1, stride * _TILE_COLUMNS),
         )
         self.place = ctypes.addressof(self._place)
 

@@ -43,6 +43,8 @@ class Storage:
     checkpoints are also read `by_columns`. `raised` gives the weights times `RAISED`, faster where
     a register has 8 lanes. A tile of
     one row walks k by `step`: with fewer products at once no register is put aside.
+    Weights are asked for while those `ahead` bytes before them are read, into the second-level
+    cache, or into the first where they are to be `near`: measured, with one row of each.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Storage:
     by_columns: bool = False
     raised: "Storage | None" = None
     step: int = BLOCK
+    ahead: int = 16 * 1024
+    near: bool = False
 
     def bytes(self, weights: int) -> int:
         """The length of so many weights."""
@@ -195,13 +199,15 @@ def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(bits, b.shl(nan, constant(I32, 22))), FLOAT)
 
 
+_RAISED_INT8 = Storage("int8_raised", 8, _int8_raised, 1, step=16, near=True)
+
 STORAGES = {
     storage.name: storage
     for storage in (
         Storage("float32", 32, _float32, 0, by_columns=True),
         Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, step=16),
         Storage("float16", 16, _float16, 1, by_columns=True, step=16),
-        Storage("int8", 8, _int8, 1, raised=Storage("int8_raised", 8, _int8_raised, 1, step=16)),
+        Storage("int8", 8, _int8, 1, raised=_RAISED_INT8, ahead=2048, near=True),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
         Storage("fp8_blocks", 8, _fp8_blocks, 2, grid=Grid(128, 128, 4)),
         Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1)),

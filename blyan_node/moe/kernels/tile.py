@@ -166,7 +166,7 @@ def _tile(
         so_far = length(b, storage, b.mul(k, emit.word(columns)))
         coming = emit.at(b, weights[0], b.add(ahead, so_far))
         for line in range(0, storage.bytes(step) * columns, LINE_BYTES):
-            emit.prefetch(b, emit.at(b, coming, line))
+            emit.prefetch(b, emit.at(b, coming, line), near=storage.near)
         for weight, scale in zip(weights, scales, strict=True):
             block = emit.at(b, weight, length(b, storage, k))
             parts.append(storage.read(b, block, storage.scale_at(b, scale, k), target.lanes))
