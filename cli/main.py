@@ -104,7 +104,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if refused is not None:
             # Asked of the words themselves, since they may be what could not be parsed.
             tell(refused, "--json" in given)
-    except BrokenPipeError:
+    except OSError:  # nobody reads it, or nothing can be written there
         pass
     hush()
     return code
