@@ -169,7 +169,8 @@ def test_nobody_to_tell_of_an_error_is_no_error(words: str, answering: Any, brok
 
 
 @pytest.mark.parametrize(("closed", "words", "code"), [
-    (">&-", "status", 0), (">&- 2>&- <&-", "status", 0), (">&- 2>&-", "nothing", 3), ("2>/dev/full", "nothing", 3),
+    (">&-", "status", 0), (">&- 2>&- <&-", "status", 0), (">&- 2>&-", "nothing", 3),
+    ("2>/dev/full", "nothing", 3),
 ])  # fmt: skip
 def test_a_stream_that_is_closed_from_the_start_is_no_error(
     closed: str, words: str, code: int, answering: Any
