@@ -47,6 +47,14 @@ def create_home(
             "start it with `blyan-node start`, or give another --home",
             {"path": str(home)},
         )
+    if home.exists() and not home.is_dir():
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"{home} is a file",
+            "a node's home is a folder",
+            "give another --home",
+            {"path": str(home)},
+        )
     genesis = read_genesis(network) if network else DEVELOPMENT
     swarm_key = load_psk(psk) if psk else None
     home.mkdir(parents=True, exist_ok=True)

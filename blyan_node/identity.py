@@ -46,7 +46,9 @@ def load_identity(path: Path) -> Identity:
     try:
         return parse_seed(_secret(path, "this node's secret key").decode())
     except UnicodeDecodeError:
-        raise RemoteProtocolError("identity key", "not a text of 64 hex digits") from None
+        raise RemoteProtocolError(str(path), "not a text of 64 hex digits") from None
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(str(path), error.why) from None
 
 
 def load_psk(path: Path) -> bytes:

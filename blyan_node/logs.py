@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 from blyan_node.log_areas import LogLevels, apply_levels, area_of
 from protocols.limits import log_burst_max, log_kinds_max, log_lines_per_s_max
@@ -23,6 +23,7 @@ KEPT_MAX = 1_000
 _NOISY = ("libp2p", "multiaddr", "async_service", "asyncio", "urllib3")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "more"}
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_CONTROL_IN_LINES = {code: shown for code, shown in _CONTROL.items() if code != ord("\n")}
 
 
 @dataclass
@@ -84,6 +85,9 @@ class _Plain(logging.Formatter):
         record.area = area_of(record.name)
         record.message = record.message.translate(_CONTROL) + _more(record)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return super().formatException(ei).translate(_CONTROL_IN_LINES)
 
 
 def _more(record: logging.LogRecord) -> str:

@@ -61,28 +61,45 @@ class Reloading:
         except (Refused, RemoteProtocolError, OSError) as error:
             log.error("the configuration was not read again, nothing has changed: %s", error)
             return Changes((), ())
-        found = changes(self._app.in_use.config, after)
-        await self._apply(after, found.live)
-        self._app.in_use.take(after, found.live, found.waiting, time.time())
-        log.info("configuration read again; changed: %s", ", ".join(found.live) or "nothing")
-        if found.waiting:
+        before = self._app.in_use.config
+        found = changes(before, after)
+        failed = [key for key in found.live if not await self._takes(key, after)]
+        done = Changes(
+            tuple(key for key in found.live if key not in failed), (*found.waiting, *failed)
+        )
+        self._app.in_use.take(after, done.live, done.waiting, time.time())
+        log.info("configuration read again; changed: %s", ", ".join(done.live) or "nothing")
+        if gone := [node for node in before.bootstrap if node not in after.bootstrap]:
+            log.warning("bootstrap nodes that are forgotten at the next start only: %s",
+                        ", ".join(gone))  # fmt: skip
+        if done.waiting:
             log.warning("changed in config.toml, but in use from the next start only: %s",
-                        ", ".join(found.waiting))  # fmt: skip
-        return found
+                        ", ".join(done.waiting))  # fmt: skip
+        return done
 
-    async def _apply(self, after: Config, live: tuple[str, ...]) -> None:
+    async def _takes(self, key: str, after: Config) -> bool:
+        """Goes by `after` in this key; whether that went well. A bug ends no node that serves."""
+        try:
+            await self._apply(key, after)
+        except Exception as error:
+            log.error("%s could not be changed: a bug of ours", key, exc_info=error)
+            return False
+        return True
+
+    async def _apply(self, key: str, after: Config) -> None:
         app = self._app
-        if "bootstrap" in live:
-            app.network.add_bootstrap(after.bootstrap)
-        if "allowed_peers" in live:
-            app.network.set_allowed(allowed_peers(after))
-        if "log_level" in live:
-            apply_levels(after.log_level)
-        if "disk" in live:
-            app.store.set_quota(after.disk_bytes)
-        if set(live) & {"hold", "replicas", "authors"}:
-            app.adverts.set_auto(after.hold == "auto")
-            await app.placement.configure(placement_config(after, app.identity, app.store))
+        match key:
+            case "bootstrap":
+                app.network.add_bootstrap(after.bootstrap)
+            case "allowed_peers":
+                app.network.set_allowed(allowed_peers(after))
+            case "log_level":
+                apply_levels(after.log_level)
+            case "disk":
+                app.store.set_quota(after.disk_bytes)
+            case _:  # hold, replicas, authors
+                app.adverts.set_auto(after.hold == "auto")
+                await app.placement.configure(placement_config(after, app.identity, app.store))
 
 
 def allowed_peers(config: Config) -> frozenset[PeerId] | None:

@@ -57,7 +57,9 @@ def start(
     try:
         trio.run(_serve, config, read, lines)
     except ExceptionGroup as group:
-        told = [e for e in leaves_of(group) if isinstance(e, Refused | RemoteProtocolError)]
+        leaves = leaves_of(group)
+        told: list[Exception] = [e for e in leaves if isinstance(e, Refused | RemoteProtocolError)]
+        told += [e for e in leaves if isinstance(e, OSError) and e.filename]  # a file of the home's
         if not told:
             raise
         raise told[0] from None

@@ -22,7 +22,7 @@ from cli.shared import (
     shared_of,
     tell,
 )
-from cli.terminal import hush
+from cli.terminal import hush, open_missing
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 
 # Command → (module, attribute). A module is imported when its command is used or listed.
@@ -90,6 +90,7 @@ def root() -> None:
 
 def main() -> None:
     """The console script."""
+    open_missing()
     sys.exit(run())
 
 
@@ -103,7 +104,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if refused is not None:
             # Asked of the words themselves, since they may be what could not be parsed.
             tell(refused, "--json" in given)
-    except BrokenPipeError:
+    except OSError:  # nobody reads it, or nothing can be written there
         pass
     hush()
     return code

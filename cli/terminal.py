@@ -47,6 +47,17 @@ def console(stream: IO[str], width: int | None = None) -> "Console":
     )
 
 
+def open_missing() -> None:
+    """A stream that whoever started us has closed leads nowhere: else the next file that is opened
+    would take its number, and be written to.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            taken = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(taken, True)
+            setattr(sys, name, os.fdopen(taken, "w" if number else "r"))
+
+
 def hush() -> None:
     """Whoever reads our output has had enough: what is still written goes nowhere, in silence."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

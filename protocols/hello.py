@@ -101,6 +101,8 @@ def check(hello: Hello) -> None:
             raise RemoteProtocolError("hello", f"{len(addrs)} addresses, at most {hello_addrs_max}")
         if any(not a.startswith("/") or len(a.encode()) > addr_bytes_max for a in addrs):
             raise RemoteProtocolError("hello", "an address that is none, or too long")
+        if not all(a.isprintable() for a in addrs):
+            raise RemoteProtocolError("hello", "an address with control characters")
 
 
 def judge(ours: Hello, theirs: Hello) -> str | None:

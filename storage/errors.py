@@ -58,6 +58,7 @@ class StoreInUse(Refused):
             ErrorCode.BUSY,
             f"{path} is in use by process {holder}, and one home has one daemon",
             "",
+            "end it first with `blyan-node stop`",
             data={"path": path},
         )
 

@@ -152,9 +152,16 @@ def judge_clock(looks: Sequence[LookSeen]) -> Finding:
     )  # fmt: skip
 
 
-def judge_disk(path: str, free: int, stored: int, quota: int | None) -> Finding:
-    """Whether there is room for what is to come."""
+def judge_disk(
+    path: str, free: int, stored: int, quota: int | None, writable: bool = True
+) -> Finding:
+    """Whether there is room for what is to come, and whether it may be written."""
     room = f"{free // _MIB} MiB free at {path}"
+    if not writable:
+        return Finding(
+            "disk", "bad", f"{path} cannot be written", "its permissions or its disk forbid it",
+            "give this user the folder, mount the disk for writing, or move the home",
+        )  # fmt: skip
     if free < disk_reserve_bytes:
         return Finding(
             "disk", "bad", f"the disk is full: {room}",

@@ -1,5 +1,6 @@
 """What can be seen of a node from its home: its files, its disk, its port, whether it runs."""
 
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def check_network(config: Config) -> Finding:
 def check_disk(config: Config) -> Finding:
     """The disk, of a node that does not run: what its store holds is not counted."""
     path = config.data if config.data.exists() else config.home
-    return judging.judge_disk(str(path), shutil.disk_usage(path).free, 0, None)
+    free, writable = shutil.disk_usage(path).free, os.access(path, os.W_OK | os.X_OK)
+    return judging.judge_disk(str(path), free, 0, None, writable)
 
 
 def check_ports(config: Config) -> Finding:

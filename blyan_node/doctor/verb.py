@@ -11,6 +11,7 @@ from blyan_node.home import open_home
 from blyan_node.rpc.ask import ask
 from blyan_node.settings import Settings
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
+from protocols.rpc import telling
 from protocols.rpc.doctor import DoctorResult, Finding
 
 EXIT_BAD = 1
@@ -73,4 +74,4 @@ def _lines(finding: Finding) -> list[str]:
         lines.append(f"        why: {finding.why}")
     if finding.next:
         lines.append(f"        next: {finding.next}")
-    return lines
+    return [telling.one_line(line) for line in lines]

@@ -40,6 +40,7 @@ async def examine(app: App) -> list[Finding]:
             shutil.disk_usage(app.config.data).free,
             app.store.stats().chunk_bytes,
             app.store.quota_bytes,
+            os.access(app.config.data, os.W_OK | os.X_OK),
         ),
         judging.judge_pace(_pace(app, lag_s)),
     ]

@@ -28,6 +28,7 @@ _REASONS = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
     505: "HTTP Version Not Supported",
 }
 _ENDS = (b"\r\n\r\n", b"\n\n")
@@ -150,7 +151,12 @@ def respond(head: bytes, pages: dict[str, Page]) -> bytes:
     page = pages.get(target.split(b"?", 1)[0].decode("latin-1"))
     if page is None:
         return _answer(404, f"there are {' and '.join(pages)}")
-    return _message(200, page.content_type, page.content())
+    try:
+        content = page.content()
+    except Exception as error:  # it costs the scraper its answer, and the node nothing
+        log.error("a page for %s could not be made: a bug of ours", target, exc_info=error)
+        return _answer(500, "this page could not be made; the node's log says why")
+    return _message(200, page.content_type, content)
 
 
 def _answer(status: int, why: str) -> bytes:

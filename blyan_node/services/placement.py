@@ -9,6 +9,7 @@ sessions still ask for it, and a while longer.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -98,7 +99,8 @@ class Placement:
             subject = expert_subject(held.what.layer, held.what.expert)
             listed = held.reason is Reason.ORDER and subject in no_more
             if by_plan or listed:
-                await self._holding.drop(held.what.block)
+                with suppress(KeyError):  # it went by itself, while another was let go
+                    await self._holding.drop(held.what.block)
 
     def replicas(self, model: BlockId) -> int:
         """The holders of the expert of `model` that has the fewest; 0 if it has no experts."""

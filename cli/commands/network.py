@@ -6,7 +6,7 @@ import secrets
 
 import click
 
-from cli.shared import Group, absolute, emit
+from cli.shared import Group, absolute, emit, files
 from protocols.dag.genesis import NONCE_BYTES, PRIVATE, Genesis
 from protocols.errors import ErrorCode, Refused
 from protocols.psk import KEY_BYTES, fingerprint, psk_text
@@ -19,9 +19,20 @@ def network() -> None:
 
 @network.command()
 @click.option("--name", metavar="N", required=True, help="What people call the network.")
-@click.option("--out", metavar="FILE", required=True, help="The genesis file to write.")
+@click.option(
+    "--out",
+    metavar="FILE",
+    required=True,
+    shell_complete=files,
+    help="The genesis file to write.",
+)
 @click.option("--private", is_flag=True, help="Only nodes with a key take part; needs --psk.")
-@click.option("--psk", metavar="FILE", help="The key file to write, for --private.")
+@click.option(
+    "--psk",
+    metavar="FILE",
+    shell_complete=files,
+    help="The key file to write, for --private.",
+)
 def new(name: str, out: str, private: bool, psk: str | None) -> None:
     """Found a network: write the genesis file that its nodes are given."""
     if private != bool(psk):

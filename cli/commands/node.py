@@ -1,26 +1,39 @@
 """`init`, `start`, `status`, `id`, `peers`, `stop`."""
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from cli import show
 from cli.client import Client, NoNode
 from cli.launch import launch
-from cli.shared import Command, absolute, ask, emit, shared_of, summary
+from cli.shared import Command, absolute, ask, emit, files, shared_of, summary
 from protocols.errors import ErrorCode, Refused
 from protocols.precision import PRECISIONS
 
 STOP_S_MAX = 15
 KERNELS = click.Choice(("auto", "avx512", "avx2", "fma", "torch"))
 ROLES = click.Choice(("main", "gpu"))
+C = TypeVar("C", bound=Any)
+
+
+def network_option(command: C) -> C:
+    """`--network FILE`."""
+    said = "The genesis file of the network to join."
+    return click.option("--network", metavar="FILE", help=said, shell_complete=files)(command)
+
+
+def psk_option(said: str) -> Callable[[C], C]:
+    """`--psk FILE`."""
+    return click.option("--psk", metavar="FILE", help=said, shell_complete=files)
 
 
 @click.command(cls=Command)
 @click.option("--role", type=ROLES, help="main answers prompts, gpu holds experts.")
-@click.option("--network", metavar="FILE", help="The genesis file of the network to join.")
-@click.option("--psk", metavar="FILE", help="The key of a private network; the home keeps a copy.")
+@network_option
+@psk_option("The key of a private network; the home keeps a copy.")
 def init(role: str | None, network: str | None, psk: str | None) -> None:
     """Make a node's home: its key, its configuration and its data folder."""
     settings = {"role": role, "psk": absolute(psk) if psk else None}
@@ -29,7 +42,7 @@ def init(role: str | None, network: str | None, psk: str | None) -> None:
 
 @click.command(cls=Command)
 @click.option("--role", type=ROLES, help="main answers prompts, gpu holds experts.")
-@click.option("--network", metavar="FILE", help="The genesis file of the network to join.")
+@network_option
 @click.option("--listen", metavar="MA", multiple=True, help="An address to listen on.")
 @click.option("--announce", metavar="MA", multiple=True, help="An address to tell others.")
 @click.option("--bootstrap", metavar="MA", multiple=True, help="A node to find others through.")
@@ -38,7 +51,7 @@ def init(role: str | None, network: str | None, psk: str | None) -> None:
 @click.option("--disk", metavar="SIZE", help="The most that the store may take, such as 50GiB.")
 @click.option("--threads", metavar="N", type=int, help="Threads that compute.")
 @click.option("--replicas", metavar="N", type=int, help="Live holders for every expert.")
-@click.option("--psk", metavar="FILE", help="The key of a private network.")
+@psk_option("The key of a private network.")
 @click.option("--allowed-peers", metavar="ID,…", help="Who may take part; all if not set.")
 @click.option("--metrics", metavar="IP:PORT", help="Show metrics to Prometheus, on 127.0.0.1:9464.")
 @click.option("--log-level", metavar="LEVELS", help="Such as warning, or info,network=debug.")

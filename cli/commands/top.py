@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from cli.shared import Command, absolute, shared_of
+from cli.shared import Command, absolute, files, shared_of
 from cli.terminal import console
 
 ANSWER_S_MAX = 30.0
@@ -30,7 +30,12 @@ QUIT = b"qQ\x03\x04\x1b"
     default=1.0,
     help="How often to look. [default: 1]",
 )
-@click.option("--picture", metavar="FILE.svg", help="Draw one frame into a file and end.")
+@click.option(
+    "--picture",
+    metavar="FILE.svg",
+    shell_complete=files,
+    help="Draw one frame into a file and end.",
+)
 @click.pass_context
 def top(context: click.Context, once: bool, every: float, picture: str | None) -> None:
     """Watch the node: peers, models, experts, traffic and events.

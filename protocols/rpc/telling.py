@@ -5,6 +5,8 @@ import json
 from protocols.errors import Refused
 from protocols.rpc import codec
 
+_CONTROL = dict.fromkeys((*range(32), *range(127, 160)))
+
 
 def lines(refused: Refused) -> list[str]:
     """What happened, why, and what to do next, for stderr."""
@@ -13,7 +15,12 @@ def lines(refused: Refused) -> list[str]:
         told.append(f"  why: {refused.why}")
     if refused.next:
         told.append(f"  next: {refused.next}")
-    return [" ".join(line.splitlines()) for line in told]
+    return [one_line(line) for line in told]
+
+
+def one_line(text: str) -> str:
+    """`text`, which may have come from anybody, on one line that no terminal obeys."""
+    return " ".join(text.splitlines()).translate(_CONTROL)
 
 
 def document(refused: Refused) -> str:

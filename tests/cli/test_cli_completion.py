@@ -143,7 +143,13 @@ def test_bash_completes_a_name_with_an_id(bash: Shell) -> None:
 
 def test_bash_completes_files_where_files_are_meant(bash: Shell, tmp_path: Path) -> None:
     (tmp_path / "genesis.json").write_text("{}")
-    bash.types("blyan-node model update olm --weights gene" + TAB, "genesis.json ")
+    for line in (
+        "model update olm --weights",
+        "init --network",
+        "start --psk",
+        "network new --out",
+    ):
+        bash.types(f"\x15blyan-node {line} gene" + TAB, "genesis.json ")
 
 
 def _replies(program: Path, home: Path, line: str) -> list[str]:

@@ -168,6 +168,21 @@ def test_nobody_to_tell_of_an_error_is_no_error(words: str, answering: Any, brok
     assert done.returncode in (1, 3)
 
 
+@pytest.mark.parametrize(("closed", "words", "code"), [
+    (">&-", "status", 0), (">&- 2>&- <&-", "status", 0), (">&- 2>&-", "nothing", 3),
+    ("2>/dev/full", "nothing", 3),
+])  # fmt: skip
+def test_a_stream_that_is_closed_from_the_start_is_no_error(
+    closed: str, words: str, code: int, answering: Any
+) -> None:
+    """Nor is another file, such as the node's socket, written to in its place."""
+    line = f'"{sys.executable}" -m cli.main {words} {closed}'
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60, cwd=HOUSE
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_a_stream_of_events_ends_with_its_reader(answering: Any) -> None:
     """As `blyan-node events | head -1`."""
     event = Event(event="block", time=1.0, data={})

@@ -22,6 +22,8 @@ STEPS = read_dockerfile(HOUSE / "Dockerfile")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LEFT_OUT = ("apt-get",)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -134,3 +134,9 @@ def test_whether_it_keeps_up(change: dict[str, Any], verdict: str, next: str) ->
 def test_loopback_is_said_to_be_for_this_machine() -> None:
     assert judge_listen(LISTEN, [ADDR]).verdict == "ok"
     assert judge_listen(LISTEN, ["/ip4/127.0.0.1/tcp/4040"]).verdict == "warn"
+
+
+def test_a_disk_that_may_not_be_written_is_bad_however_much_is_free() -> None:
+    found = judge_disk("/data", 2 * DISK_WARN_BYTES, 0, None, writable=False)
+    assert found.verdict == "bad"
+    assert found.what == "/data cannot be written" and "mount the disk" in found.next

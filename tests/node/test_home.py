@@ -97,3 +97,10 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
     write_whole(path, "two")
     assert path.read_text() == "two"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_no_home(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="is a file") as caught:
+        create_home(tmp_path / "file", role="main", network=None)
+    assert caught.value.next

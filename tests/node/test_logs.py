@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from blyan_node.logs import JsonLines
+from blyan_node.logs import JsonLines, PlainLines
 
 
 @pytest.fixture
@@ -52,3 +52,18 @@ def test_a_log_that_nobody_reads_ends_nothing(log: logging.Logger) -> None:
     log.handlers = [handler]
     out.close()
     log.info("to nobody")
+
+
+def test_what_a_peer_sent_moves_no_cursor_even_in_a_traceback(log: logging.Logger) -> None:
+    out = io.StringIO()
+    log.handlers = [PlainLines(out)]
+    log.info("peer %s", "mallory\n12:00:00 INFO node: all is well\x1b[2J\x9b2J")
+    try:
+        raise ValueError("bad \x1b]0;title\x07\rname")
+    except ValueError:
+        log.exception("it broke")
+    line, *rest = out.getvalue().splitlines()
+    assert "mallory\\x0a12:00:00 INFO" in line
+    assert rest[0].endswith("it broke") and rest[1].startswith("Traceback")
+    assert rest[-1] == "ValueError: bad \\x1b]0;title\\x07\\x0dname"
+    assert not set(out.getvalue()) & {"\x1b", "\r", "\x9b", "\x07"}

@@ -180,3 +180,15 @@ def test_an_address_is_of_this_machine_or_says_that_it_is_public() -> None:
                 "[127.0.0.1]:x", "public:", "127.0.0.1:9464/metrics"):  # fmt: skip
         with pytest.raises(RemoteProtocolError, match="address"):
             parse_metrics_address(bad)
+
+
+@trio_test
+async def test_a_page_that_cannot_be_made_ends_nothing() -> None:
+    def fail() -> bytes:
+        raise KeyError("numbers")
+
+    numbers = Numbers()
+    numbers.pages = lambda: {"/metrics": Page(TEXT, fail), "/health": Page(TEXT, lambda: b"ok")}  # type: ignore[method-assign]
+    async with served(numbers) as connect:
+        assert (await _ask(connect, GET)).startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+        assert (await _ask(connect, b"GET /health HTTP/1.1\r\n\r\n")).endswith(b"ok")

@@ -135,6 +135,16 @@ def test_a_wrong_configuration_is_exit_3_and_names_its_key(tmp_path: Path) -> No
     assert "why: memory: 'lots' is no size" in said.stderr
 
 
+def test_a_file_that_the_system_refuses_is_named_and_is_no_bug(tmp_path: Path) -> None:
+    """As on a disk that is mounted for reading only, or where permissions are wrong."""
+    create_home(tmp_path / "alice", role="main", network=None)
+    (tmp_path / "alice" / "data" / "lock").mkdir()
+    said = _run("start", "--home", tmp_path / "alice")
+    assert said.returncode == 1
+    assert said.stderr.startswith(f"error: cannot use {tmp_path / 'alice' / 'data' / 'lock'}")
+    assert "Traceback" not in said.stderr and "bug" not in said.stderr
+
+
 def test_init_says_what_it_made_and_never_makes_it_again(tmp_path: Path) -> None:
     made = _run("init", "--home", tmp_path / "alice", "--role", "gpu", "--json")
     assert made.returncode == 0
