@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import pytest
 import trio
 from safetensors.torch import load_file, save_file
 
+from blyan_node.moe.safetensors_file import read_pieces
+from blyan_node.services import update
 from blyan_node.services.export import Export
 from blyan_node.services.publish import Publish
 from blyan_node.services.supply import Supply
@@ -314,6 +316,27 @@ async def test_an_update_with_other_tensors_is_refused(store, tiny, tmp_path, fa
     with pytest.raises(Refused, match=r"layer1\.expert2 was not updated"):
         await alice.update.update(first.model, EXPERT, tmp_path / "w.safetensors")
     assert store.stats().accepted == log
+
+
+@trio_test
+async def test_an_update_from_a_file_that_changes_is_refused(
+    store, tiny, tmp_path, monkeypatch
+) -> None:
+    alice = node(store)
+    first = await alice.publish.publish(tiny, "tiny")
+    file = expert_file(store, first.model, tmp_path / "w.safetensors", 0.25)
+    before = dict(store.heads(first.model))
+
+    def pieces(path: Path, begin: int, size: int) -> Iterator[bytes]:
+        yield from read_pieces(path, begin, size)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(update, "read_pieces", pieces)
+    with pytest.raises(Refused, match="it was changed while it was read") as refused:
+        await alice.update.update(first.model, EXPERT, file)
+    assert refused.value.data["path"] == str(file)
+    assert store.heads(first.model) == before and store.stats().staged == 0
+    assert check(store).ok
 
 
 @trio_test
