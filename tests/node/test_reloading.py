@@ -1,6 +1,7 @@
 """A new configuration for a node that runs, where taking it up goes wrong half-way."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,8 @@ from blyan_node.config_file import read_file
 from blyan_node.in_use import InUse
 from blyan_node.parts import App
 from blyan_node.reloading import Reloading
+from blyan_node.services.held import Reason
+from blyan_node.services.placement import Placement, PlacementConfig
 from blyan_node.settings import Settings
 from blyan_node.testing.trio_tests import trio_test
 from protocols.dag.genesis import DEVELOPMENT
@@ -99,3 +102,29 @@ async def test_a_file_that_is_wrong_changes_nothing(caplog: pytest.LogCaptureFix
     assert (done.live, done.waiting, node.told) == ((), (), [])
     assert node.in_use.config is before
     assert "line 2, column 12: replicas" in caplog.text
+
+
+@trio_test
+async def test_an_expert_that_goes_by_itself_meanwhile_is_no_reason_to_stop() -> None:
+    """As one does whose room a request needs, while another is let go."""
+    held = {block: layer for layer, block in enumerate([b"one", b"two", b"three"])}
+
+    async def drop(block: bytes) -> None:
+        del held[block]
+        held.pop(b"two", None)
+
+    def listed() -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(
+                reason=Reason.PLACEMENT, what=SimpleNamespace(block=block, layer=layer, expert=0)
+            )
+            for block, layer in held.items()
+        ]
+
+    nothing: Any = None
+    holding: Any = SimpleNamespace(held=listed, drop=drop)
+    peer = Identity.from_seed(bytes(32)).peer_id
+    config = PlacementConfig("auto", 2)
+    placement = Placement(config, nothing, nothing, nothing, nothing, holding, peer)
+    await placement.configure(replace(config, mode="none"))
+    assert held == {}
