@@ -56,9 +56,8 @@ class StoreInUse(Refused):
     def __init__(self, path: str, holder: str) -> None:
         super().__init__(
             ErrorCode.BUSY,
-            f"{path} is in use by process {holder}, and one home has one daemon",
+            f"{path} is in use by process {holder}: end it first with `blyan-node stop`",
             "",
-            "end it first with `blyan-node stop`",
             data={"path": path},
         )
 

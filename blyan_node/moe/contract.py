@@ -54,6 +54,7 @@ class Steps:
     def __init__(self, kernels: Kernels, function: Rows) -> None:
         self._recorder, self._function = kernels.recorder, function
         self._recording: Recording | None = None
+        self._description: Recording | None = None  # the one that `described` is a part of
         self.described = 0  # where it is, once it was asked for
 
     def __call__(self, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -69,9 +70,9 @@ class Steps:
         It is there for as long as this. For the thread that has the recorder's lock.
         """
         if not self.described:
-            if self._recording is None:
-                self._recording = self._recorder.dry(self._function, [torch.empty(1, width)])
-            self.described = self._recording.described()
+            made = self._recording or self._recorder.dry(self._function, [torch.empty(1, width)])
+            self._recording = self._description = made
+            self.described = made.described()
         return self.described
 
 

@@ -138,6 +138,7 @@ def test_a_late_node_catches_up_from_several_and_resumes(
     path = make_checkpoint("mixtral", tmp_path / "model", hidden_size=256, intermediate_size=1024)
     published = net["alice"]("model", "publish", path, "--name", "tiny")
     for name in ("bob", "carol"):
+        _until_released(net[name], published["root"])
         net[name]("model", "fetch", "tiny")
     network = net.refresh().run("status")["network"]
     options = ("--network", network, "--role", "gpu", "--hold", "none",
@@ -159,6 +160,13 @@ def test_a_late_node_catches_up_from_several_and_resumes(
         assert fetched["bytes"] <= total - had + 8 * 8 * 256 * 1024
         assert len([n for n in fetched["peers"].values() if n]) > 1
         assert erin("model", "verify", "tiny")["ok"]
+
+
+def _until_released(node: Node, root: str) -> None:
+    """Publishing ends when the publisher has the release; others hear of it a moment later."""
+    node.until(
+        "the release", lambda: [m["root"] for m in node("model", "list")["models"]] == [root]
+    )
 
 
 def _blocks(node: Node) -> int:
@@ -202,7 +210,4 @@ def test_sixteen_nodes_are_all_connected_and_hear_a_release(
     path = make_checkpoint("mixtral", tmp_path / "model")
     root = net["alice"]("model", "publish", path, "--name", "tiny")["root"]
     for node in net.nodes.values():
-        node.until(
-            "the release",
-            lambda n=node: [m["root"] for m in n("model", "list")["models"]] == [root],
-        )
+        _until_released(node, root)

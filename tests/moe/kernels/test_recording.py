@@ -1,11 +1,13 @@
 """Recordings: the bits of calls, whoever calls at once, and nothing of the last row in them."""
 
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
+from blyan_node.moe.contract import Steps
 from blyan_node.moe.kernels.library import Kernels, load
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.recording import Recording
@@ -107,3 +109,20 @@ def test_a_recording_within_another_is_part_of_it(kernels: Kernels) -> None:
     made, _ = kernels.recorder.played(None, outer, _operands(0))
     _, found = kernels.recorder.played(made, outer, _operands(1))
     assert _same(found, network(*_operands(1)))
+
+
+def test_a_description_outlives_a_call_that_began_before_it(kernels: Kernels) -> None:
+    made: list[weakref.ref[Recording]] = []
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        if kernels.recorder.active is None and not made:  # the lock is taken: by who describes
+            steps.describe(DEPTH)
+            assert steps._recording is not None
+            made.append(weakref.ref(steps._recording))
+        return (kernels.sigmoid(x),)
+
+    steps = Steps(kernels, function)
+    with kernels.recorder.lock:
+        steps(torch.zeros(1, DEPTH))
+    (recording,) = made
+    assert recording() is not None and steps.described
