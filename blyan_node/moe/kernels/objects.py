@@ -7,6 +7,7 @@ read or cannot be written costs a compilation and nothing else.
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,7 @@ from blyan_node.moe.kernels.targets import Target
 
 _DIGEST_BYTES = 32
 _FILE_BYTES_MAX = 64 << 20
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def user_folder() -> Path:
@@ -52,9 +54,13 @@ def key(target: Target) -> str:
 
 def _read(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None  # somebody else's code is not run
+        # A pipe under that name is not waited for, and a link not followed.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_uid != os.getuid() or about.st_mode & _OTHERS_WRITE:
+                return None  # code that somebody else may have written is not run
+            if not stat.S_ISREG(about.st_mode):
+                return None
             data = file.read(_FILE_BYTES_MAX)
     except OSError:  # not there, not readable
         return None

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,31 @@ def test_code_that_others_could_have_written_is_not_run(
 ) -> None:
     objects.machine_code(BEST, tmp_path, _compiled)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(AssertionError, match="compiled again"):
+        objects.machine_code(BEST, tmp_path, _refused)
+
+
+def _writable(file: Path) -> None:
+    file.chmod(0o620)
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file, 0o600)
+
+
+def _link(file: Path) -> None:
+    file.rename(file.with_suffix(".elsewhere"))
+    file.symlink_to(file.with_suffix(".elsewhere"))
+
+
+@pytest.mark.parametrize("make", [_writable, _pipe, _link])
+def test_what_is_no_file_of_ours_alone_is_not_run(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    objects.machine_code(BEST, tmp_path, _compiled)
+    (file,) = tmp_path.iterdir()
+    make(file)
     with pytest.raises(AssertionError, match="compiled again"):
         objects.machine_code(BEST, tmp_path, _refused)
 
