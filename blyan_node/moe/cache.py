@@ -95,6 +95,7 @@ class KVCache:
             for new, old in zip(grown, buffers, strict=True):
                 new[:, :known] = old[:, :known]
         self._buffers[layer] = grown
+        self._room_of_all = 0  # the addresses written are of the buffers before
         return grown
 
 

@@ -156,3 +156,16 @@ def test_sessions_take_turns_and_do_not_meet(directory: Path, prompt: list[int])
         wanted = (expected[position], other[position], expected[position])
         for tensor, row in zip((*found, logits), wanted, strict=True):
             assert isinstance(tensor, Tensor) and torch.equal(tensor[0], row)
+
+
+def test_a_pass_that_grew_the_cache_and_is_undone_leaves_no_old_addresses(
+    directory: Path, prompt: list[int]
+) -> None:
+    """Steps write to the buffers that a pass layer by layer has moved to, also where it began."""
+    engine, (expected, _) = _engine(directory), _expected(directory, prompt)
+    passes = Passes(engine, engine.trunk.new_cache(2), set())
+    passes.token(prompt[0])
+    passes.begin([prompt[2]] * 4)
+    passes.cache.truncate(1)
+    got = [passes.token(token) for token in prompt[1:]]
+    assert torch.equal(torch.cat(got), expected[1:])
