@@ -39,6 +39,8 @@ from protocols.ids import ChunkHash, Subject
 from protocols.precision import PRECISIONS, Precision
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
 
+pytestmark = pytest.mark.slow  # whole models, many of them
+
 PROMPT = [(31 * i * i + 17 * i + 5) % 89 + 2 for i in range(48)]
 EXPERT = Subject("layer2.expert2")
 CHUNK = ChunkHash(bytes(32))

@@ -17,6 +17,8 @@ from blyan_node.moe.reference import Reference
 from blyan_node.moe.routing import route_sigmoid
 from blyan_node.testing.reference import open_reference
 
+pytestmark = pytest.mark.slow  # whole models, many of them
+
 SHOWS = 5e-3  # five times what is promised at most
 Config = Callable[[ModelConfig], ModelConfig]
 Told = Callable[[Reference, str], float]

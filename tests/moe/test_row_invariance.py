@@ -21,6 +21,8 @@ from blyan_node.testing.arithmetic import best
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.engine import Engine
 
+pytestmark = pytest.mark.slow  # whole models, many of them
+
 SHAPES = [
     (1, 3), (6, 40), (7, 24), (56, 40), (97, 37), (129, 257), (300, 48), (576, 1536),
     (1536, 576), (2880, 720), (2048, 1024),

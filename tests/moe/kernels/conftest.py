@@ -7,6 +7,15 @@ import pytest
 from blyan_node.moe.kernels.library import Kernels, load
 from blyan_node.moe.kernels.targets import Target, Unsupported, runnable
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every kernel of every target, many cases of each: `make quick` leaves this folder out."""
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.slow)
+
 
 def _targets() -> list[Target]:
     try:

@@ -165,7 +165,6 @@ print(load(Path(sys.argv[1])).linear(x, Matrix("float32", (1, 33), x.clone())).i
 """
 
 
-@pytest.mark.slow
 def test_processes_that_start_at_once_share_a_folder(
     every_kernels: list[Kernels], tmp_path: Path
 ) -> None:

@@ -336,7 +336,6 @@ def test_a_tensor_is_read_in_place(kernels: Kernels) -> None:
         Matrix.of(w.to(torch.int8).t())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STORAGES)
 def test_millions_of_outputs(every_kernels: list[Kernels], name: str) -> None:
     """Every target and composition gives a row the bits that it has alone; some are checked."""
