@@ -42,11 +42,11 @@ class Far(Tensor):
 
 
 class Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A `with` block in which there is the device; `copied` counts the bytes that went to it."""
+    """A `with` block in which there is the device; the bytes that went `to` it and came `back`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.copied = 0
+        self.to = self.back = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -61,12 +61,19 @@ class Elsewhere(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert not (far and near), f"{name} of tensors on different devices"
         goes_to = _taken(kwargs)
         result = function(*tree_map(_near, args), **tree_map(_near, kwargs))
+        if name == "copy_":
+            self._count(args[1], isinstance(args[0], Far))
         if name.endswith("_") or "out" in kwargs:
             return kwargs.get("out", args[0])
-        if goes_to == FAR and not far:
-            self.copied += result.numel() * result.element_size()
         there = far if goes_to is None else goes_to == FAR
+        if name == "_to_copy":
+            self._count(args[0], there)
         return tree_map(_far, result) if there else result
+
+    def _count(self, source: Tensor, there: bool) -> None:
+        size = source.numel() * source.element_size()
+        if there != isinstance(source, Far):
+            self.to, self.back = self.to + size * there, self.back + size * (not there)
 
 
 def _taken(kwargs: dict[str, Any]) -> torch.device | None:

@@ -13,6 +13,7 @@ from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.contract import Contract
 from blyan_node.moe.devices import OnDevice, find, present
 from blyan_node.moe.kernels.objects import user_folder
+from blyan_node.moe.numerics import Plain
 from blyan_node.moe.profile import Profiles
 from blyan_node.moe.stored import Mxfp4, Scaled, Weight
 from blyan_node.moe.trunk import Trunk
@@ -136,6 +137,51 @@ def test_products_of_every_storage_in_any_tiles(
     assert torch.allclose(alone, truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
+@pytest.mark.parametrize("storage", sorted(_weights()))
+def test_a_product_moves_rows_and_nothing_else(storage: str) -> None:
+    x = torch.ones(3, 96)
+    with Elsewhere() as elsewhere:
+        product = _rules("elsewhere").product(_weights()[storage])
+        product(x)
+        before = elsewhere.to, elsewhere.back
+        out = product(x)
+        assert (elsewhere.to, elsewhere.back) == (before[0] + 4 * 3 * 96, before[1] + 4 * 3 * 193)
+    assert out.shape == (3, 193)
+
+
+def _of_company(x: Tensor, *more: object) -> Tensor:
+    """What a library might do whose order depends on how many rows there are, and on where."""
+    return x + x.shape[0] + x.data_ptr() % 64
+
+
+def test_what_has_a_sum_is_given_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU libraries happen to add these up alike; on a device none promises to."""
+    for name in ("rms_norm", "softmax"):
+        monkeypatch.setattr(Plain, name, lambda self, *given: _of_company(*given))
+    rules, x = _rules("cpu"), torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(rules.rms_norm(x, x[0], 1e-5), x + 1)
+    assert torch.equal(rules.softmax(x), x + 1)
+
+
+def test_a_position_is_attended_to_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes with it, and however far the cache has grown: shapes, strides, alignment."""
+    seen: list[object] = []
+    product = torch.bmm
+
+    def watched(*operands: Tensor) -> Tensor:
+        seen.append([(one.shape, one.stride(), one.data_ptr() % 64) for one in operands])
+        return product(*operands)
+
+    monkeypatch.setattr("torch.bmm", watched)
+    rules, asked = _rules("cpu"), []
+    for room, rows, spare in ((16, 1, 0), (16, 3, 4), (64, 6, 4)):
+        keys, values = torch.zeros(2, room, 16)[:, :11, :5], torch.zeros(2, room, 16)[:, :11, :7]
+        query = torch.zeros(rows, 6, 5 + spare)[..., :5]
+        rules.attend(query, keys, values, 0.5, window=9, sinks=torch.zeros(6))
+        asked.append(seen[-2:])  # of the last row
+    assert len(asked[0]) == 2 and asked[0] == asked[1] == asked[2]
+
+
 def test_what_is_held_is_on_the_device_and_counted_once(directories: dict[str, Path]) -> None:
     """Matrices, norms and caches; of an embedding that is no head, only rows go there."""
     for name, tied in (("mixtral", False), ("mixtral-odd", True)):
@@ -147,13 +193,17 @@ def test_what_is_held_is_on_the_device_and_counted_once(directories: dict[str, P
         assert isinstance(lies, Tensor)
         embedding = 0 if tied else lies.numel() * lies.element_size()
         assert trunk.bytes == plain.bytes
-        assert trunk.copied == trunk.bytes - embedding <= elsewhere.copied
+        assert trunk.copied == trunk.bytes - embedding <= elsewhere.to
         assert ("embed" in trunk.converted) == tied
         assert len(trunk.converted) == len(set(trunk.converted)) and trunk.token is None
         with Elsewhere():
             cache = trunk.new_cache(8)
-            trunk.attend(0, trunk.embed([1, 2]), cache)
-            assert {buffer.device for buffer in cache.seen(0, 0, 2)} == {FAR}
+            attended = trunk.attend(0, trunk.embed([1, 2]), cache)
+            assert {buffer.device for buffer in cache.seen(0, 0, 2)} == {attended.residual.device}
+            assert attended.residual.device == FAR and attended.routed is not None
+            routed, logits = attended.routed, trunk.logits(attended.residual)
+            here = (routed.normed, routed.experts, routed.weights, logits)
+            assert {one.device for one in here} == {torch.device("cpu")}, "others compute with it"
 
 
 def test_a_device_without_room_is_refused_by_name(

@@ -2,15 +2,22 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import trio
 
+from blyan_node.app import room_for_weights
+from blyan_node.config import make_config
+from blyan_node.config_file import read_file
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.devices import OnDevice
 from blyan_node.moe.reference import Reference
+from blyan_node.settings import Settings
+from blyan_node.testing.arithmetic import best
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.swarm import PROFILE, Swarm
 from blyan_node.testing.trio_tests import trio_test
+from protocols.dag.genesis import DEVELOPMENT
 from protocols.rpc.generate import GenerateRequest, Token
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
@@ -54,3 +61,20 @@ async def test_only_nodes_with_the_device_compute_for_each_other(tmp_path: Path)
             assert memory.experts == sum(one.bytes for one in experts) > 0
             assert memory.copied == (memory.experts if copied else 0)
             assert bool(node.store.packs.bytes) != copied, "what is on the device is there alone"
+
+
+def test_weights_take_no_more_than_the_device_has(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What computes with them needs some of it too; the CPU's memory is the operator's to give."""
+    free = 10 << 30
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 16 << 30))
+    device = OnDevice(torch.device("cuda:0"))
+    for given, taken in (("1GiB", 1 << 30), ("64GiB", free - (512 << 20))):
+        told = make_config(
+            Path("/home/alice"), DEVELOPMENT, None, read_file(f'memory = "{given}"'), Settings()
+        )
+        assert room_for_weights(told, device) == taken
+        assert room_for_weights(told, best()) == told.memory_bytes
+    assert caplog.text.count("has room for 9728 MiB of the 65536 MiB") == 1
