@@ -9,6 +9,7 @@ that depend on the matrix alone: the same call for a row alone and for a row amo
 no sum takes all rows at once. docs/devices.md says what of this has been run on which device.
 """
 
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,7 @@ class OnDevice:
     recorded_by = None
 
     def __init__(self, device: torch.device, threads: int = 1) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else sums may vary with it
         torch.backends.cuda.matmul.allow_tf32 = False  # nineteen bits are not float32
         plain = Plain(threads)
         self.device = device

@@ -66,7 +66,7 @@ def hold(
     """Loads a part in a precision; raises `Refused` (BAD_MODEL) by name.
 
     What is not converted is used in place, unless something else of the part is, or all of it goes
-    to a `device`, which is refused (NOT_ALLOWED) if that has no room.
+    to a `device`, which is refused (NOT_ALLOWED) if that has no room or not the type.
     """
     held = _hold(part, given, precision, aligned_bytes)
     if device is None:
@@ -79,6 +79,13 @@ def hold(
             f"{part.subject} does not fit into the memory of {device}",
             str(error).splitlines()[0][:200],
             "Start the node with a smaller --memory, or give it another --device.",
+        ) from None
+    except TypeError as error:  # so torch says that a device has no such type
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            f"{part.subject} cannot be held on {device}",
+            str(error)[:200],
+            "Start the node with another --precision, or with --device cpu.",
         ) from None
     return replace(held, tensors=there, copied=held.bytes, converted=True)
 

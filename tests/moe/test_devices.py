@@ -206,17 +206,27 @@ def test_what_is_held_is_on_the_device_and_counted_once(directories: dict[str, P
             assert {one.device for one in here} == {torch.device("cpu")}, "others compute with it"
 
 
-def test_a_device_without_room_is_refused_by_name(
-    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 20 GiB.\nmore"), "does not fit into the memory"),
+        (TypeError("Float8_e4m3fn: no support for that dtype."), "cannot be held on meta"),
+    ],
+)
+def test_what_a_device_cannot_hold_is_refused_by_name(
+    error: Exception,
+    what: str,
+    directories: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(weight: Weight, device: torch.device) -> Weight:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+        raise error
 
     monkeypatch.setattr("blyan_node.moe.precision.moved", full)
     checkpoint = Checkpoint.open(directories["mixtral"])
-    with pytest.raises(Refused, match="does not fit into the memory of meta") as refused:
+    with pytest.raises(Refused, match=what) as refused:
         Trunk(checkpoint.config, checkpoint.load, OnDevice(FAR))
-    assert "Tried to allocate 20 GiB." in str(refused.value.why)
+    assert refused.value.why == str(error).split("\n")[0]
 
 
 def test_the_devices_that_an_operator_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
