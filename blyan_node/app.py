@@ -19,6 +19,7 @@ from blyan_node.metrics.exposition import CONTENT_TYPE, exposition
 from blyan_node.metrics.port import TEXT, MetricsPort, Page
 from blyan_node.moe import arithmetic
 from blyan_node.moe.arithmetic import Arithmetic
+from blyan_node.moe.devices import OnDevice
 from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.numerics import use_threads
 from blyan_node.moe.profile import Profiles
@@ -67,9 +68,29 @@ def clock_ms() -> int:
 def choose_arithmetic(config: Config) -> Arithmetic:
     """What the node computes with; takes a second where its machine code is not kept yet."""
     use_threads(config.threads)
-    found = arithmetic.choose(config.kernels, threads=config.threads, folder=user_folder())
+    folder = user_folder()
+    found = arithmetic.choose(
+        config.kernels, threads=config.threads, folder=folder, device=config.device
+    )
     log.info("computing with %s", found)
+    if found.device is not None:
+        log.warning(
+            "only nodes with such a device compute with this one;"
+            " to work with nodes that have none, start it with --device cpu"
+        )
     return found
+
+
+def room_for_weights(config: Config, numbers: Arithmetic) -> int:
+    """What weights and caches may take in bytes: as configured, at most what the device has."""
+    room = numbers.room_bytes if isinstance(numbers, OnDevice) else None
+    if room is None or room >= config.memory_bytes:
+        return config.memory_bytes
+    log.warning(
+        "%s has room for %d MiB of the %d MiB that memory allows",
+        numbers, room >> 20, config.memory_bytes >> 20,
+    )  # fmt: skip
+    return room
 
 
 def build(
@@ -81,7 +102,9 @@ def build(
     stop: Callable[[], None],
 ) -> App:
     """Every object of a node, none of them running."""
-    profiles, node_version = Profiles(numbers.name, config.precision), version("blyan-node")
+    device = "cpu" if numbers.device is None else numbers.device.type
+    profiles = Profiles(numbers.name, config.precision, device)
+    node_version = version("blyan-node")
     numeric = profiles.own
     compute = trio.CapacityLimiter(1)
     files = trio.CapacityLimiter(2)
@@ -110,7 +133,12 @@ def build(
     models = Models(store, supply)
     texts = Texts()
     holding = Holding(
-        store, supply, models, config.memory_bytes, numbers, effective(config.precision)
+        store,
+        supply,
+        models,
+        room_for_weights(config, numbers),
+        numbers,
+        effective(config.precision),
     )
     serving = Serving(network, holding, numeric, compute)
     adverts = Adverts(

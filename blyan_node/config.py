@@ -66,7 +66,7 @@ class Config:
     take, `disk_bytes` what the store may (None: no bound), `authors` whose models a gpu node takes
     by itself ("all", or peer ids), `hub_endpoint` is where `hf:` models come from, `psk` the
     file of a private swarm's key, `allowed_peers` who may take part ("all", or peer ids).
-    `metrics` is where Prometheus may read (None: nowhere), `kernels` what computes
+    `metrics` is where Prometheus may read (None: nowhere), `device` and `kernels` what computes
     (`blyan_node.moe.arithmetic`), `precision` that in which matrices are held. `origins` has, by
     key, the value as it was given and where it came from.
     """
@@ -89,6 +89,7 @@ class Config:
     allowed_peers: Literal["all"] | tuple[PeerId, ...] = "all"
     metrics: MetricsAddress | None = None
     log_level: LogLevels = field(default_factory=LogLevels)
+    device: str = "auto"
     kernels: Kernels = "auto"
     precision: Precision = PUBLISHED
     origins: Mapping[str, "Origin"] = field(default_factory=dict, compare=False, repr=False)
@@ -146,6 +147,7 @@ def make_config(
         allowed_peers=parse_peers(chosen("allowed_peers", "all")),
         metrics=parse_metrics(chosen("metrics", "off")),
         log_level=parse_log_levels(chosen("log_level", "info")),
+        device=chosen("device", "auto"),
         kernels=chosen("kernels", "auto"),
         precision=chosen("precision", PUBLISHED),
         origins=origins,

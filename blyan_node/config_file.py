@@ -208,6 +208,12 @@ _EXPLAINED = (
         "for each other.",
     ),
     (
+        "device",
+        '"auto"',
+        "Where to compute: auto (the first CUDA device, else cpu), cpu, cuda, cuda:1 or mps. Nodes",
+        "on another device than the cpu compute only for nodes with the same device.",
+    ),
+    (
         "kernels",
         '"auto"',
         "What computes: auto (the best that the processor runs); avx512, avx2 or fma, which have",

@@ -26,6 +26,8 @@ ADDRESSES_MAX = 64
 _HOST = r"(?:ip4/\d{1,3}(?:\.\d{1,3}){3}|ip6/[0-9a-fA-F:.]{2,45}|dns(?:4|6|addr)?/[A-Za-z0-9._-]+)"
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]{1,253}(?:/[A-Za-z0-9._~/-]{0,200})?")
 _ADDRESS = re.compile(rf"/{_HOST}/tcp/(\d{{1,5}})(?:/p2p/([1-9A-HJ-NP-Za-km-z]+))?")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(?::(?:0|[1-9]\d?))?")
+DEVICES = "auto, cpu, cuda, cuda:N, mps"
 _SHOWN_MAX = 40
 _KINDS = {
     "int": "a whole number",
@@ -64,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     allowed_peers: str | list[str] | None = None
     metrics: str | None = None
     log_level: str | None = None
+    device: str | None = None
     kernels: Kernels | None = None
     precision: Precision | None = None
 
@@ -193,6 +196,11 @@ def _check_path(path: str) -> None:
         raise RemoteProtocolError("", "not the path of a file")
 
 
+def _check_device(device: str) -> None:
+    if not _DEVICE.fullmatch(device):
+        raise RemoteProtocolError("", f"{device[:_SHOWN_MAX]!r} is not one of {DEVICES}")
+
+
 def check_endpoint(endpoint: str) -> None:
     """Raises `RemoteProtocolError` for what is no URL of a hub."""
     if not _ENDPOINT.fullmatch(endpoint):
@@ -215,6 +223,7 @@ _CHECKS: Mapping[str, Any] = {
     "allowed_peers": parse_peers,
     "metrics": parse_metrics,
     "log_level": parse_log_levels,
+    "device": _check_device,
     "kernels": _CHOICES["kernels"].index,
     "precision": _CHOICES["precision"].index,
 }

@@ -1,9 +1,10 @@
 """What computes for a model: every operation whose bits another node may have to repeat.
 
-There are two: the kernels whose sums have a written order (`blyan_node.moe.contract`), the same
-bits on every x86-64 processor with a fused multiply-add, and torch's own products
-(`blyan_node.moe.numerics`), which every processor has and whose bits depend on it. Of both a row's
-bits depend on the row and the weights alone. Trunk and experts are given one and use no other.
+There are three: the kernels whose sums have a written order (`blyan_node.moe.contract`), the same
+bits on every x86-64 processor with a fused multiply-add; torch's own products
+(`blyan_node.moe.numerics`), which every processor has and whose bits depend on it; and torch's on
+another device (`blyan_node.moe.devices`). Of all a row's bits depend on the row and the weights
+alone. Trunk and experts are given one and use no other.
 
 What torch does element by element (sums, products, clamps) is rounded in the same way everywhere;
 so is choosing, and widening. That much is used beside this.
@@ -14,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from blyan_node.moe.contract import Contract
+from blyan_node.moe.devices import OnDevice, find
 from blyan_node.moe.kernels import library
 from blyan_node.moe.kernels.library import Kernels
 from blyan_node.moe.kernels.targets import Unsupported, runnable
@@ -57,6 +60,10 @@ class Arithmetic(Protocol):
     @property
     def aligned_bytes(self) -> int:
         """The multiple at which a stored float32 tensor must lie; others are copied."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where matrices, and keys and values, are held if not where they were loaded."""
 
     def product(self, weight: Weight, bias: Tensor | None = None) -> Product:
         """A matrix as it is stored, by rows or by columns (a transposed view), and its bias."""
@@ -120,11 +127,26 @@ class Arithmetic(Protocol):
         """
 
 
-def choose(choice: Choice = "auto", *, threads: int = 1, folder: Path | None = None) -> Arithmetic:
+def choose(
+    choice: Choice = "auto", *, threads: int = 1, folder: Path | None = None, device: str = "cpu"
+) -> Arithmetic:
     """The arithmetic of that name on so many threads; machine code is kept in `folder`.
 
-    Takes a second if there is none yet. Raises `Refused` for kernels that cannot run here.
+    `device` is one of `devices.find`; of `auto` it is the CPU where kernels of it are chosen. Takes
+    a second if there is no machine code yet. Raises `Refused` for what cannot run here.
     """
+    if choice != "auto" and device not in ("auto", "cpu"):
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            f"the {choice} kernels compute on the cpu, not on {device}",
+            "`kernels` and `device` do not go together",
+            "Leave `kernels` at auto, or choose the device cpu.",
+        )
+    found = None if choice != "auto" else find(device)
+    return _on_cpu(choice, threads, folder) if found is None else OnDevice(found, threads)
+
+
+def _on_cpu(choice: Choice, threads: int, folder: Path | None) -> Arithmetic:
     if choice == "torch":
         return Plain(threads)
     try:

@@ -16,11 +16,16 @@ class KVCache:
 
     They have room for `positions` from the beginning (memory is taken as it is written to), and
     double when they are full. Each layer has its own length, so a pass that was cut off in the
-    middle can be undone with `truncate` and done again.
+    middle can be undone with `truncate` and done again. They are on `device`, or in our memory.
     """
 
-    def __init__(self, config: ModelConfig, positions: int = _FIRST_POSITIONS) -> None:
-        self._positions = positions
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions: int = _FIRST_POSITIONS,
+        device: torch.device | None = None,
+    ) -> None:
+        self._positions, self._device = positions, device
         self._sizes = [layer.attention.cached for layer in config.layers]
         self._buffers: list[tuple[Tensor, ...] | None] = [None] * len(config.layers)
         self._lengths = [0] * len(config.layers)
@@ -89,7 +94,7 @@ class KVCache:
         room = max(self._positions, room)
         while room < positions:
             room *= 2
-        grown = tuple(_empty(heads, dim, room) for heads, dim in self._sizes[layer])
+        grown = tuple(_empty(heads, dim, room, self._device) for heads, dim in self._sizes[layer])
         if buffers is not None:
             known = self._lengths[layer]
             for new, old in zip(grown, buffers, strict=True):
@@ -105,8 +110,8 @@ def bytes_of(config: ModelConfig, positions: int) -> int:
     return sum(4 * heads * _stride(dim) for heads, dim in sizes) * positions
 
 
-def _empty(heads: int, dim: int, positions: int) -> Tensor:
-    return torch.empty(heads, positions, _stride(dim))
+def _empty(heads: int, dim: int, positions: int, device: torch.device | None) -> Tensor:
+    return torch.empty(heads, positions, _stride(dim), device=device)
 
 
 def stride_bytes(dim: int) -> int:

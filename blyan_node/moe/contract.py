@@ -18,6 +18,7 @@ class Contract:
 
     name = CONTRACT
     aligned_bytes = 1
+    device = None
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels

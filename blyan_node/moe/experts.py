@@ -34,7 +34,7 @@ class Expert:
         feed = config.layers[layer].feed
         assert isinstance(feed, MoeFeed)
         part = expert_layout(config, subject, tensors)
-        held = hold(part, tensors, precision, arithmetic.aligned_bytes)
+        held = hold(part, tensors, precision, arithmetic.aligned_bytes, arithmetic.device)
         self.bytes, self.copied, self.converted = held.bytes, held.copied, held.converted
         self.storage = held.storage
         self._network = FeedForward(feed.activation, held.tensors, arithmetic)

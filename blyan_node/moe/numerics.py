@@ -24,10 +24,10 @@ ALIGNED_FLOATS = 16
 _ALIGNED_BYTES = 16
 
 
-def aligned(rows: int, columns: int) -> Tensor:
+def aligned(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Uninitialised float32 [rows, columns] whose rows begin at multiples of 64 bytes."""
     stride = -(-columns // ALIGNED_FLOATS) * ALIGNED_FLOATS
-    return torch.empty(rows, stride)[:, :columns]
+    return torch.empty(rows, stride, device=device)[:, :columns]
 
 
 def align(x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Plain:
     """`blyan_node.moe.arithmetic.Arithmetic`, by torch."""
 
     aligned_bytes = _ALIGNED_BYTES
-    recorded_by = None
+    device = recorded_by = None
 
     def __init__(self, threads: int = 1) -> None:
         use_threads(threads)

@@ -11,7 +11,7 @@ precision: products by columns do not read that.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -22,6 +22,7 @@ from blyan_node.moe.stored import TILE_FLOATS, Fp8Blocks, Mxfp4, Scaled, Weight,
 from blyan_node.moe.strict_json import refuse
 from blyan_node.moe.weights import Weights, by_role, copied_bytes, load_part, matrices
 from protocols.dag.header import Kind
+from protocols.errors import ErrorCode, Refused
 from protocols.precision import Precision, effective
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype, Manifest, TensorEntry
 
@@ -58,12 +59,52 @@ class HeldPart:
 
 
 def hold(
-    part: SubjectLayout, given: Weights, precision: Precision, aligned_bytes: int = 1
+    part: SubjectLayout,
+    given: Weights,
+    precision: Precision,
+    aligned_bytes: int = 1,
+    device: torch.device | None = None,
 ) -> HeldPart:
     """Loads a part in a precision; raises `Refused` (BAD_MODEL) by name.
 
-    What is not converted is used in place, unless something else of the part is.
+    What is not converted is used in place, unless something else of the part is, or all of it goes
+    to a `device`, which is refused (NOT_ALLOWED) if that has no room or not the type.
     """
+    held = _hold(part, given, precision, aligned_bytes)
+    if device is None:
+        return held
+    try:
+        there = {role: moved(weight, device) for role, weight in held.tensors.items()}
+    except torch.OutOfMemoryError as error:
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            f"{part.subject} does not fit into the memory of {device}",
+            str(error).splitlines()[0][:200],
+            "Start the node with a smaller --memory, or give it another --device.",
+        ) from None
+    except TypeError as error:  # so torch says that a device has no such type
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            f"{part.subject} cannot be held on {device}",
+            str(error)[:200],
+            "Start the node with another --precision, or with --device cpu.",
+        ) from None
+    return replace(held, tensors=there, copied=held.bytes, converted=True)
+
+
+def moved(weight: Weight, device: torch.device) -> Weight:
+    """A matrix or vector on a device; itself if it is there."""
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    pieces = _pieces(weight)
+    if all(piece.device == device for piece in pieces):
+        return weight
+    return type(weight)(*(piece.to(device) for piece in pieces))
+
+
+def _hold(
+    part: SubjectLayout, given: Weights, precision: Precision, aligned_bytes: int
+) -> HeldPart:
     loaded = load_part(part, given, aligned_bytes)
     tensors = by_role(part, loaded)
     narrow = [

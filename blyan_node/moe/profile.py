@@ -6,9 +6,9 @@ from protocols import limits
 from protocols.precision import PUBLISHED, Precision, effective
 
 
-def profile(arithmetic: str, precision: Precision = PUBLISHED) -> str:
+def profile(arithmetic: str, precision: Precision = PUBLISHED, device: str = "cpu") -> str:
     """For example `cpu-sums1-published`: device, arithmetic (its `name`), precision of weights."""
-    text = f"cpu-{arithmetic}-{effective(precision).removeprefix('as-')}"
+    text = f"{device}-{arithmetic}-{effective(precision).removeprefix('as-')}"
     assert len(text) <= limits.profile_bytes_max
     return text
 
@@ -19,6 +19,7 @@ class Profiles:
 
     arithmetic: str
     precision: Precision
+    device: str = "cpu"
 
     @property
     def own(self) -> str:
@@ -27,4 +28,4 @@ class Profiles:
 
     def of(self, precision: Precision) -> str:
         """That of a request in `precision`."""
-        return profile(self.arithmetic, precision)
+        return profile(self.arithmetic, precision, self.device)

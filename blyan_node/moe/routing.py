@@ -99,7 +99,7 @@ def _in_best_groups(scores: Tensor, routing: Routing) -> Tensor:
     grouped = scores.view(scores.shape[0], routing.groups, -1)  # [n, groups, experts of each]
     two = torch.sort(grouped, dim=-1, descending=True).values
     chosen = _best(two[..., 0] + two[..., 1], routing.groups_chosen)
-    left_out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, chosen, False)
+    left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, chosen, False)
     return grouped.masked_fill(left_out[..., None], -math.inf).view(scores.shape)
 
 

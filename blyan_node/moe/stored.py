@@ -9,6 +9,7 @@ and how fast it is, is in docs/decisions/0006-weights-in-place.md.
 
 import threading
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,12 +47,15 @@ class Mxfp4:
     def widen(self, first: int, last: int, out: Tensor) -> None:
         """Writes the rows [first, last) into `out`, contiguous float32 [last - first, in]."""
         packed = self.blocks[first:last].reshape(-1)
-        pairs = _scratch.pairs(packed.numel()).copy_(packed).mul_(_BOTH_NIBBLES)
+        if packed.is_cpu:
+            pairs = _scratch.pairs(packed.numel()).copy_(packed).mul_(_BOTH_NIBBLES)
+        else:
+            pairs = packed.to(torch.int32).mul_(_BOTH_NIBBLES)
         halves = pairs.view(torch.int16).bitwise_right_shift_(3)  # the sign is drawn along
         pairs.bitwise_and_(_SIGN_AND_VALUE)
         out.view(-1).copy_(halves.view(torch.float16))
         scales = self.scales[first:last].reshape(-1).to(torch.int32)
-        factors = torch.index_select(_FACTORS, 0, scales)
+        factors = torch.index_select(_factors(scales.device), 0, scales)
         out.view(-1, BLOCK).mul_(factors[:, None])
 
 
@@ -105,6 +109,11 @@ Weight = Tensor | Mxfp4 | Fp8Blocks | Scaled
 
 # A scale's power of two, times what a nibble in a half is short of.
 _FACTORS = torch.tensor([2.0 ** (scale - 127) * _HALF_BIAS for scale in range(SCALE_MAX + 1)])
+
+
+@cache
+def _factors(device: torch.device) -> Tensor:
+    return _FACTORS.to(device)
 
 
 class _Scratch(threading.local):
@@ -170,7 +179,8 @@ def widened(weight: Weight) -> Tensor:
 def rows_of(weight: Weight, numbers: Tensor) -> Tensor:
     """The rows of these numbers, int64 [n], of a matrix: float32 [n, in]."""
     if isinstance(weight, Scaled):
+        numbers = numbers.to(weight.codes.device)
         codes = weight.codes.view(torch.uint8)[numbers].view(weight.codes.dtype)
         return codes.float().mul_(weight.scales[numbers, None])
     assert isinstance(weight, Tensor), "no family looks rows of packed weights up"
-    return weight[numbers].float()
+    return weight[numbers.to(weight.device)].float()

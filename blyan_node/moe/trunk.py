@@ -63,7 +63,10 @@ class Trunk:
         parts: Parts = {}
         for part in layout(config):
             if part.kind is not Kind.EXPERT:
-                held = hold(part, tensors(part.subject), precision, arithmetic.aligned_bytes)
+                looked_up = part.subject == "embed" and not config.tied  # a row of it: no product
+                device = None if looked_up else arithmetic.device
+                given = tensors(part.subject)
+                held = hold(part, given, precision, arithmetic.aligned_bytes, device)
                 self.bytes += held.bytes
                 self.copied += held.copied
                 self.converted += [part.subject] if held.converted else []
@@ -74,8 +77,8 @@ class Trunk:
         self._ropes: dict[int, RopeTable] = {}
         self._layers = [self._layer(n, one, parts) for n, one in enumerate(config.layers)]
         ropes = list(self._ropes.values())
-        given = (config, arithmetic, self._layers, ropes, self.combine, self.logits)
-        self.token = token_pass(*given)
+        here = (config, arithmetic, self._layers, ropes, self.combine, self.logits)
+        self.token = token_pass(*here)
 
     def _layer(self, number: int, layer: LayerConfig, parts: Parts) -> Layer:
         given, feed, arithmetic = parts[f"layer{number}.attention"], layer.feed, self._arithmetic
@@ -115,7 +118,10 @@ class Trunk:
 
     def new_cache(self, positions: int | None = None) -> KVCache:
         """An empty cache for one session, with room for so many positions."""
-        return KVCache(self.config) if positions is None else KVCache(self.config, positions)
+        device = self._arithmetic.device
+        if positions is None:
+            return KVCache(self.config, device=device)
+        return KVCache(self.config, positions, device)
 
     def cache_bytes(self, positions: int) -> int:
         """The memory of such a cache."""
@@ -141,7 +147,9 @@ class Trunk:
                     f"token id {one}",
                     f"the model's vocabulary has {self.config.vocab} tokens",
                 )
-        return rows_of(self._embedding, torch.tensor(list(ids), dtype=torch.int64))
+        rows = rows_of(self._embedding, torch.tensor(list(ids), dtype=torch.int64))
+        device = self._arithmetic.device
+        return rows if device is None else rows.to(device)
 
     @torch.inference_mode()
     def attend(self, layer: int, x: Tensor, cache: KVCache) -> Attended:
@@ -153,6 +161,8 @@ class Trunk:
         normed, logits, *shared = more
         feed, arithmetic = part.feed, self._arithmetic
         chosen = route(arithmetic, logits, feed.top_k, feed.routing, part.correction)
+        if arithmetic.device is not None:  # experts may be anywhere
+            normed, chosen = normed.cpu(), (chosen[0].cpu(), chosen[1].cpu())
         return Attended(layer, residual, Routed(normed, *chosen), *shared)
 
     @torch.inference_mode()
@@ -236,7 +246,8 @@ class Trunk:
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits float32 [n, vocab] of the last layer's rows x [n, hidden]."""
-        return self._head(self._arithmetic.rms_norm(x, self._final_norm, self.config.norm_eps))
+        normed = self._arithmetic.rms_norm(x, self._final_norm, self.config.norm_eps)
+        return self._head(normed).cpu()
 
 
 def _norm(tensors: dict[str, Weight], role: str) -> Tensor:

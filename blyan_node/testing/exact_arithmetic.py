@@ -20,7 +20,7 @@ class Exact:
 
     name = CONTRACT
     aligned_bytes = 1
-    recorded_by = None
+    device = recorded_by = None
 
     def product(self, weight: Weight, bias: Tensor | None = None) -> "ExactProduct":
         """A matrix and its bias."""

@@ -28,7 +28,8 @@ class Foreground:
     def __init__(self, home: Path, *options: object) -> None:
         self.home = home
         self.log = home.parent / f"{home.name}.log"
-        words = ["start", "--home", home, "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", 1]
+        words = ["start", "--home", home, "--listen", "/ip4/127.0.0.1/tcp/0"]
+        words += ["--threads", 1, "--device", "cpu"]  # the bits that tests compare with
         self.process = subprocess.Popen(
             _command(*words, *options, "--json"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

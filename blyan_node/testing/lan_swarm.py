@@ -44,7 +44,8 @@ class LanSwarm:
         home = self.folder / name
         genesis = self.folder / "network.json"
         made = create_home(home, role="main" if role == "main" else "gpu", network=genesis)
-        words = ["start", "--home", str(home), "--threads", "1", *self._bootstrap, *options]
+        words = ["start", "--home", str(home), "--threads", "1", "--device", "cpu"]
+        words += [*self._bootstrap, *options]
         machine = self.net.start(
             name,
             [sys.executable, "-m", "cli.main", *words],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from blyan_node.moe.devices import OnDevice
 from blyan_node.moe.profile import Profiles, profile
 from blyan_node.services.authoring import Author
 from blyan_node.services.chain import Chain
@@ -79,8 +80,10 @@ class SwarmNode:
         *,
         auto: bool = False,
         precision: Precision = PUBLISHED,
+        device: OnDevice | None = None,
     ) -> None:
-        profiles = Profiles(best().name, precision)
+        numbers = device or best()
+        profiles = Profiles(numbers.name, precision, "far" if device else "cpu")
         self.name = name
         self.swarm = swarm
         self.identity = identity(name)
@@ -91,7 +94,7 @@ class SwarmNode:
         self.fetch = CopyFetch(swarm, self.store)
         self.supply = Supply(self.store, self.fetch)
         self.models = Models(self.store, self.supply)
-        self.holding = Holding(self.store, self.supply, self.models, memory, best(), precision)
+        self.holding = Holding(self.store, self.supply, self.models, memory, numbers, precision)
         self.compute = trio.CapacityLimiter(1)
         self.serving = Serving(self.network, self.holding, profiles.own, self.compute)
         self.adverts = Adverts(
@@ -181,9 +184,12 @@ class Swarm:
         *,
         auto: bool = False,
         precision: Precision = PUBLISHED,
+        device: OnDevice | None = None,
     ) -> SwarmNode:
-        """Makes a node; `started` runs it."""
-        self.nodes[name] = SwarmNode(self, name, role, memory, auto=auto, precision=precision)
+        """Makes a node that computes on a device or as best it can; `started` runs it."""
+        self.nodes[name] = SwarmNode(
+            self, name, role, memory, auto=auto, precision=precision, device=device
+        )
         return self.nodes[name]
 
     async def share(self, source: SwarmNode) -> None:

@@ -156,6 +156,7 @@ def _make(folder: Path, roles: Sequence[Role], settings: Settings) -> Testnet:
             # Each node would take half of what is free and count on having it alone.
             "memory": free_memory_bytes() // 2 // len(roles),
             "threads": 1,
+            "device": "cpu",  # one machine stands for several: they are to have the same bits
             **{key: value for key, value in msgspec.structs.asdict(settings).items() if value},
         },
     )

@@ -15,6 +15,7 @@ from protocols.precision import PRECISIONS
 
 STOP_S_MAX = 15
 KERNELS = click.Choice(("auto", "avx512", "avx2", "fma", "torch"))
+DEVICES = ("auto", "cpu", "cuda", "mps")
 ROLES = click.Choice(("main", "gpu"))
 C = TypeVar("C", bound=Any)
 
@@ -28,6 +29,11 @@ def network_option(command: C) -> C:
 def psk_option(said: str) -> Callable[[C], C]:
     """`--psk FILE`."""
     return click.option("--psk", metavar="FILE", help=said, shell_complete=files)
+
+
+def devices(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """What `--device` may be, for the shell's completion."""
+    return [name for name in DEVICES if name.startswith(begun)]
 
 
 @click.command(cls=Command)
@@ -56,6 +62,10 @@ def init(role: str | None, network: str | None, psk: str | None) -> None:
 @click.option("--metrics", metavar="IP:PORT", help="Show metrics to Prometheus, on 127.0.0.1:9464.")
 @click.option("--log-level", metavar="LEVELS", help="Such as warning, or info,network=debug.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Hold matrices in this precision.")
+@click.option(
+    "--device", metavar="NAME", shell_complete=devices,
+    help="Where to compute: auto, cpu, cuda, cuda:N or mps.",
+)  # fmt: skip
 @click.option("--kernels", type=KERNELS, help="What computes; auto is the best that runs here.")
 @click.option("--hub-endpoint", metavar="URL", help="Where models called hf:ORG/NAME come from.")
 def start(network: str | None, psk: str | None, allowed_peers: str | None, **settings: Any) -> None:

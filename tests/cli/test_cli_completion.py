@@ -174,6 +174,7 @@ def test_without_a_node_only_live_values_are_missing(program: Path, tmp_path: Pa
     assert "show" in _replies(program, tmp_path, "blyan-node model ")
     assert set(_replies(program, tmp_path, "blyan-node ")) == set(COMMANDS)
     assert _replies(program, tmp_path, "blyan-node init --role ") == ["main", "gpu"]
+    assert _replies(program, tmp_path, "blyan-node start --device c") == ["cpu", "cuda"]
     assert _replies(program, tmp_path, "blyan-node 'half a quo") == []
 
 

@@ -37,6 +37,7 @@ psk = "keys/swarm.key"
 allowed_peers = ["{PEER}"]
 metrics = "127.0.0.1:9464"
 log_level = "info,rpc=debug"
+device = "cuda:1"
 kernels = "fma"
 precision = "int8"
 """
@@ -60,7 +61,7 @@ def test_every_key_is_taken_over() -> None:
     assert made.hub_endpoint == "https://hub.example.org"
     assert made.psk == Path("/home/alice/keys/swarm.key")
     assert made.allowed_peers == (PEER,)
-    assert (made.kernels, made.precision) == ("fma", "int8")
+    assert (made.device, made.kernels, made.precision) == ("cuda:1", "fma", "int8")
     assert made.rpc == Path("/home/alice/rpc.sock")
 
 
@@ -117,6 +118,10 @@ LONG = "1" * 5000
         ('metrics = "0.0.0.0:1"', "metrics", (1, 11), ""),
         ('precision = "int4"', "precision", (1, 13), "'int4' is not one of as-published, "),
         ("precision = 8", "precision", (1, 13), "'8' is not one of as-published, "),
+        ('device = "gpu"', "device", (1, 10), "'gpu' is not one of auto, cpu, cuda, cuda:N, mps"),
+        ('device = "cuda:-1"', "device", (1, 10), "'cuda:-1' is not one of"),
+        ('device = "cuda:01"', "device", (1, 10), "'cuda:01' is not one of"),
+        ("device = 0", "device", (1, 10), "must be a text in quotes, and is a whole number"),
         ('kernels = "sse"', "kernels", (1, 11), "'sse' is not one of auto, "),
         ('log_level = "loud"', "log_level", (1, 13), "'loud' is no level"),
         ("role.x = 1", "role", (1, 10), "role"),

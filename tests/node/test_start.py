@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from blyan_node.home import create_home
+from blyan_node.moe import devices
 from blyan_node.rpc.ask import ask
 
 BLYAN = (sys.executable, "-m", "cli.main")
@@ -113,6 +114,7 @@ def test_a_home_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path) -> Non
         ("--bootstrap", "/ip4/127.0.0.1/tcp/1"),
         ("--hold", "layer0.router"),
         ("--threads", "0"),
+        ("--device", "gpu"),
         ("--replicas", "1000"),
     ],
 )
@@ -124,6 +126,17 @@ def test_a_wrong_option_of_start_is_exit_3_and_named(
     assert option in said.stderr
     assert option in json.loads(said.stdout)["error"]["message"]
     assert not (tmp_path / "alice").exists()
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    if name in devices.present():
+        pytest.skip(f"this machine has {name}")
+    said = _run("start", "--home", tmp_path / "alice", "--device", name)
+    assert said.returncode == 1 and said.stdout == ""
+    error, why, then = said.stderr.splitlines()
+    assert error == f"error: there is no device {name} on this machine"
+    assert why.endswith(f"finds {', '.join(devices.present())}") and "auto" in then
 
 
 def test_a_wrong_configuration_is_exit_3_and_names_its_key(tmp_path: Path) -> None:

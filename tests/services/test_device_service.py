@@ -1,0 +1,80 @@
+"""Nodes that compute on a device, among others: who computes for whom, and what takes memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import trio
+
+from blyan_node.app import room_for_weights
+from blyan_node.config import make_config
+from blyan_node.config_file import read_file
+from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.devices import OnDevice
+from blyan_node.moe.reference import Reference
+from blyan_node.settings import Settings
+from blyan_node.testing.arithmetic import best
+from blyan_node.testing.checkpoints import make_checkpoint
+from blyan_node.testing.swarm import PROFILE, Swarm
+from blyan_node.testing.trio_tests import trio_test
+from protocols.dag.genesis import DEVELOPMENT
+from protocols.rpc.generate import GenerateRequest, Token
+
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
+ALL = [f"layer{layer}.expert{expert}" for layer in range(3) for expert in range(6)]
+
+
+def _nobody(token: Token) -> None:
+    """Takes tokens and does nothing with them."""
+
+
+@trio_test
+async def test_only_nodes_with_the_device_compute_for_each_other(tmp_path: Path) -> None:
+    """One has a device and holds half, one has it and holds the rest, one has none and holds all.
+
+    The device is the CPU by torch: its tokens are the reference's, and so is what it takes.
+    """
+    path, device = make_checkpoint("mixtral", tmp_path / "m"), OnDevice(torch.device("cpu"))
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main", device=device)
+    bob, carol, dave = (
+        swarm.node(name, device=of) for name, of in
+        (("bob", device), ("carol", device), ("dave", None))
+    )  # fmt: skip
+    async with swarm.started():
+        published = await alice.publish(path, "tiny")
+        for node, subjects in ((bob, ALL[::2]), (carol, ALL[1::2]), (dave, ALL)):
+            await node.hold(published.model, subjects)
+        with trio.fail_after(30):
+            while sum(len(peers) for _, peers in alice.adverts.directory.experts()) < 36:
+                await alice.adverts.changes.wait()
+        request = GenerateRequest(model="tiny", prompt_ids=PROMPT, max_tokens=8, ignore_eos=True)
+        result = await alice.generation.generate(request, _nobody)
+        checkpoint = Checkpoint.open(path)
+        truth = Reference(checkpoint.config, checkpoint.load, device)
+        assert result.token_ids == truth.generate(PROMPT, 8)
+        asked = {peer for entry in result.trace.values() for peer in entry.peers}
+        assert asked == {bob.peer_id, carol.peer_id}
+        assert result.profile == bob.adverts.config.profile != PROFILE
+        for node, copied in ((bob, True), (dave, False)):
+            memory, experts = node.holding.memory, [one.expert for one in node.holding.held()]
+            assert memory.experts == sum(one.bytes for one in experts) > 0
+            assert memory.copied == (memory.experts if copied else 0)
+            assert bool(node.store.packs.bytes) != copied, "what is on the device is there alone"
+
+
+def test_weights_take_no_more_than_the_device_has(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What computes with them needs some of it too; the CPU's memory is the operator's to give."""
+    free = 10 << 30
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 16 << 30))
+    device = OnDevice(torch.device("cuda:0"))
+    for given, taken in (("1GiB", 1 << 30), ("64GiB", free - (512 << 20))):
+        told = make_config(
+            Path("/home/alice"), DEVELOPMENT, None, read_file(f'memory = "{given}"'), Settings()
+        )
+        assert room_for_weights(told, device) == taken
+        assert room_for_weights(told, best()) == told.memory_bytes
+    assert caplog.text.count("has room for 9728 MiB of the 65536 MiB") == 1
