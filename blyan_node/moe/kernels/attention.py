@@ -7,7 +7,7 @@ order of docs/sums.md.
 
 from llvmlite import ir
 
-from blyan_node.moe.kernels import emit, tile
+from blyan_node.moe.kernels import emit, fields
 from blyan_node.moe.kernels.columns import columns
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER, constant
 from blyan_node.moe.kernels.epilogues import softmax
@@ -38,7 +38,7 @@ def attention(module: ir.Module, target: Target) -> ir.Function:
         name: emit.load(b, POINTER if name in _ADDRESSES else I64, task, 8 * number)
         for number, name in enumerate(FIELDS)
     }
-    matrix = emit.slot(b, ir.ArrayType(I64, len(tile.FIELDS)))
+    matrix = emit.slot(b, ir.ArrayType(I64, len(fields.FIELDS)))
     nothing = emit.slot(b, FLOAT, constant(FLOAT, -0.0))
     scores_stride = b.shl(b.add(f["seen"], emit.word(1)), emit.word(2))
     members = b.udiv(f["group"], f["parts"])
@@ -81,10 +81,10 @@ def attention(module: ir.Module, target: Target) -> ir.Function:
     return b.function
 
 
-def _fill(b: ir.IRBuilder, matrix: ir.Value, fields: dict[str, ir.Value]) -> None:
-    """Writes a matrix's fields; those that are not named are 0."""
-    for number, name in enumerate(tile.FIELDS):
-        emit.store(b, fields.get(name, emit.word(0)), matrix, 8 * number)
+def _fill(b: ir.IRBuilder, matrix: ir.Value, given: dict[str, ir.Value]) -> None:
+    """Writes a matrix's fields; those that are not given are 0."""
+    for number, name in enumerate(fields.FIELDS):
+        emit.store(b, given.get(name, emit.word(0)), matrix, 8 * number)
 
 
 def _add_sinks(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from blyan_node.moe.kernels import emit, order, tile
+from blyan_node.moe.kernels import emit, fields, order, tile
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
 from blyan_node.moe.kernels.padding import pad
 from blyan_node.moe.kernels.storages import Parts, Storage
@@ -30,7 +30,7 @@ def product(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
     b, arguments = emit.define(module, f"many_{storage.name}", tile.ARGUMENTS)
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
     strip = _Strip(b, module, storage, target, matrix)
-    depth = tile.field(b, matrix, "depth")
+    depth = fields.field(b, matrix, "depth")
     whole = b.and_(depth, emit.word(-order.BLOCK))
     left, step = b.sub(depth, whole), _even(b, whole)
     tails = emit.slot(b, ir.ArrayType(FLOAT, _ROWS * order.BLOCK))
@@ -122,12 +122,12 @@ def _widen(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
     matrix, column, width, k, length, weights = arguments
     ahead = _ahead(b, storage, matrix, k, length)
     with emit.counting(b, width) as number:
-        (start,) = tile.rows_of(b, matrix, "weights", b.add(column, number), 1)
-        (scales,) = tile.scales_of(b, storage, matrix, b.add(column, number), 1)
+        (start,) = fields.rows_of(b, matrix, "weights", b.add(column, number), 1)
+        (scales,) = fields.scales_of(b, storage, matrix, b.add(column, number), 1)
         out = emit.at(b, weights, b.mul(number, emit.word(4 * _DEPTH)))
         with emit.counting(b, length, order.BLOCK) as offset:
             at = b.add(k, offset)
-            block = emit.at(b, start, tile.length(b, storage, at))
+            block = emit.at(b, start, fields.length(b, storage, at))
             for line in range(0, storage.bytes(order.BLOCK), tile.LINE_BYTES):
                 emit.prefetch(b, emit.at(b, emit.at(b, block, ahead), line))
             scale = storage.scale_at(b, scales, at)
@@ -141,10 +141,10 @@ def _ahead(
     b: ir.IRBuilder, storage: Storage, matrix: ir.Value, k: ir.Value, length: ir.Value
 ) -> ir.Value:
     """From a block's weights to those of the next one, in bytes; at the end, of the next strip."""
-    strip = b.mul(tile.field(b, matrix, "weights_stride"), emit.word(_COLUMNS))
-    back, on = (tile.length(b, storage, weights) for weights in (k, length))
+    strip = b.mul(fields.field(b, matrix, "weights_stride"), emit.word(_COLUMNS))
+    back, on = (fields.length(b, storage, weights) for weights in (k, length))
     ends = b.add(b.add(k, length), emit.word(order.BLOCK))
-    last = b.icmp_signed(">", ends, tile.field(b, matrix, "depth"))
+    last = b.icmp_signed(">", ends, fields.field(b, matrix, "depth"))
     return b.select(last, b.sub(strip, back), on)
 
 
@@ -154,9 +154,9 @@ def _widen_tail(module: ir.Module, storage: Storage, target: Target) -> ir.Funct
     matrix, column, width, k, length, weights = arguments
     block = emit.slot(b, ir.ArrayType(emit.I8, storage.bytes(order.BLOCK)))
     with emit.counting(b, width) as number:
-        (start,) = tile.rows_of(b, matrix, "weights", b.add(column, number), 1)
-        (scales,) = tile.scales_of(b, storage, matrix, b.add(column, number), 1)
-        pad(b, block, emit.at(b, start, tile.length(b, storage, k)), length, storage.bytes(1))
+        (start,) = fields.rows_of(b, matrix, "weights", b.add(column, number), 1)
+        (scales,) = fields.scales_of(b, storage, matrix, b.add(column, number), 1)
+        pad(b, block, emit.at(b, start, fields.length(b, storage, k)), length, storage.bytes(1))
         scale = storage.scale_at(b, scales, k)
         parts = storage.read(b, block, scale, target.lanes)
         _store_block(b, parts, target, emit.at(b, weights, b.mul(number, emit.word(4 * _DEPTH))))

@@ -7,7 +7,7 @@ have the operands and the order of docs/sums.md, and are added up in the same tr
 
 from llvmlite import ir
 
-from blyan_node.moe.kernels import emit, order, tile
+from blyan_node.moe.kernels import emit, fields, order, tile
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER, constant, vector
 from blyan_node.moe.kernels.epilogues import elements, load, store
 from blyan_node.moe.kernels.storages import Storage
@@ -47,8 +47,8 @@ def _strip(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
     places = (("matrix", POINTER), ("x", POINTER), ("y", POINTER), ("start", I64), ("width", I64))
     b, (matrix, x, y, start, width) = emit.define(module, f"strip_{storage.name}", places)
     sums = emit.slot(b, ir.ArrayType(FLOAT, order.PARTIAL_SUMS * _STRIP))
-    stride, depth = (tile.field(b, matrix, name) for name in ("weights_stride", "depth"))
-    weights = tile.field(b, matrix, "weights")
+    stride, depth = (fields.field(b, matrix, name) for name in ("weights_stride", "depth"))
+    weights = fields.field(b, matrix, "weights")
     weights = emit.at(b, weights, b.mul(start, emit.word(storage.bytes(1))))
 
     def of_lane(lane: ir.Value) -> ir.Value:
@@ -124,9 +124,9 @@ def _finish(
         store(b, order.halve(b, [load(b, size, place, index) for place in places]), y, index)
 
     elements(b, width, target.lanes, body)
-    some = b.icmp_unsigned("!=", tile.field(b, matrix, "biases_stride"), emit.word(0))
+    some = b.icmp_unsigned("!=", fields.field(b, matrix, "biases_stride"), emit.word(0))
     with b.if_then(some):
-        biases = emit.at(b, tile.field(b, matrix, "biases"), b.shl(start, emit.word(2)))
+        biases = emit.at(b, fields.field(b, matrix, "biases"), b.shl(start, emit.word(2)))
 
         def add_bias(size: int, index: ir.Value) -> None:
             store(b, b.fadd(load(b, size, y, index), load(b, size, biases, index)), y, index)

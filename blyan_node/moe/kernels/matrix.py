@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from blyan_node.moe.kernels.fields import FIELDS
 from blyan_node.moe.kernels.order import BLOCK
 from blyan_node.moe.kernels.storages import STORAGES
-from blyan_node.moe.kernels.tile import FIELDS
 
 _TILE_COLUMNS = 4
 

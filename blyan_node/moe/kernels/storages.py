@@ -44,7 +44,9 @@ class Storage:
     a register has 8 lanes. A tile of
     one row walks k by `step`: with fewer products at once no register is put aside.
     Weights are asked for while those `ahead` bytes before them are read, into the second-level
-    cache, or into the first where they are to be `near`: measured, with one row of each.
+    cache, or into the first where they are to be `near`: measured, with one row of each. For one
+    row, those whose depth is at most `streamed` are read one output after another and not asked
+    for: a processor foresees one stream best. In longer ones each sum would wait for itself.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Storage:
     step: int = BLOCK
     ahead: int = 16 * 1024
     near: bool = False
+    streamed: int = 0
 
     def bytes(self, weights: int) -> int:
         """The length of so many weights."""
@@ -204,7 +207,7 @@ _RAISED_INT8 = Storage("int8_raised", 8, _int8_raised, 1, step=16, near=True)
 STORAGES = {
     storage.name: storage
     for storage in (
-        Storage("float32", 32, _float32, 0, by_columns=True),
+        Storage("float32", 32, _float32, 0, by_columns=True, streamed=2048),
         Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, step=16),
         Storage("float16", 16, _float16, 1, by_columns=True, step=16),
         Storage("int8", 8, _int8, 1, raised=_RAISED_INT8, ahead=2048, near=True),

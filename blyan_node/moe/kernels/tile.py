@@ -12,16 +12,10 @@ from llvmlite import ir
 
 from blyan_node.moe.kernels import emit, order, raised
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
+from blyan_node.moe.kernels.fields import field, length, rows_of, scales_of
 from blyan_node.moe.kernels.padding import padded
 from blyan_node.moe.kernels.storages import Parts, Storage
 from blyan_node.moe.kernels.targets import Target
-
-# The fields of a matrix in memory, each of 8 bytes (`matrix.Matrix` fills them). Strides are in
-# bytes from one output to the next; a stride of 0 repeats one value.
-FIELDS = (
-    "weights", "weights_stride", "block_scales", "block_scales_stride",
-    "scales", "scales_stride", "biases", "biases_stride", "depth", "tiles_ahead",
-)  # fmt: skip
 
 LINE_BYTES = 64
 
@@ -29,12 +23,6 @@ ARGUMENTS = (
     ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
     ("y", POINTER), ("y_stride", I64), ("first", I64), ("last", I64),
 )  # fmt: skip
-
-
-def field(b: ir.IRBuilder, matrix: ir.Value, name: str) -> ir.Value:
-    """One field of a matrix: an address or a number."""
-    kind = POINTER if name in ("weights", "block_scales", "scales", "biases") else I64
-    return emit.load(b, kind, matrix, 8 * FIELDS.index(name))
 
 
 def product(
@@ -76,6 +64,11 @@ def product(
             b.call(many, arguments)
             b.ret_void()
     columns = emit.slot(b, I64, first)
+    if storage.streamed:
+        alone = b.icmp_signed("==", rows, emit.word(1))
+        short = b.icmp_signed("<=", field(b, matrix, "depth"), emit.word(storage.streamed))
+        with b.if_then(b.and_(alone, short)):
+            sweep(columns, [1], 1)
     for rows_here, (height, width) in sorted(shapes.few.items()):
         with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
             sweep(columns, [height], width)
@@ -162,11 +155,12 @@ def _tile(
     step = storage.step if rows == 1 else order.BLOCK
     with emit.steps(b, k_cell, whole, step) as k:
         parts = []
-        # The rows of a tile that is ahead lie one after another: they are asked for as they lie.
-        so_far = length(b, storage, b.mul(k, emit.word(columns)))
-        coming = emit.at(b, weights[0], b.add(ahead, so_far))
-        for line in range(0, storage.bytes(step) * columns, LINE_BYTES):
-            emit.prefetch(b, emit.at(b, coming, line), near=storage.near)
+        if columns > 1 or not storage.streamed:
+            # The rows of a tile that is ahead lie one after another: they are asked for so.
+            so_far = length(b, storage, b.mul(k, emit.word(columns)))
+            coming = emit.at(b, weights[0], b.add(ahead, so_far))
+            for line in range(0, storage.bytes(step) * columns, LINE_BYTES):
+                emit.prefetch(b, emit.at(b, coming, line), near=storage.near)
         for weight, scale in zip(weights, scales, strict=True):
             block = emit.at(b, weight, length(b, storage, k))
             parts.append(storage.read(b, block, storage.scale_at(b, scale, k), target.lanes))
@@ -181,31 +175,6 @@ def _tile(
     finish(b, storage, matrix, sums, ys, (column, columns))
     b.ret_void()
     return b.function
-
-
-def rows_of(
-    b: ir.IRBuilder, matrix: ir.Value, name: str, column: ir.Value, columns: int
-) -> list[ir.Value]:
-    """The addresses of a field's values for each of some columns."""
-    start, stride = field(b, matrix, name), field(b, matrix, f"{name}_stride")
-    return [emit.at(b, start, b.mul(b.add(column, emit.word(j)), stride)) for j in range(columns)]
-
-
-def scales_of(
-    b: ir.IRBuilder, storage: Storage, matrix: ir.Value, column: ir.Value, columns: int
-) -> list[ir.Value]:
-    """The addresses of the first block scale of each of some columns; none are read without."""
-    if storage.grid is None or storage.grid.outs == 1:
-        return rows_of(b, matrix, "block_scales", column, columns)
-    start, stride = (field(b, matrix, name) for name in ("block_scales", "block_scales_stride"))
-    shift = emit.word(storage.grid.outs.bit_length() - 1)
-    rows = [b.lshr(b.add(column, emit.word(j)), shift) for j in range(columns)]
-    return [emit.at(b, start, b.mul(row, stride)) for row in rows]
-
-
-def length(b: ir.IRBuilder, storage: Storage, weights: ir.Value) -> ir.Value:
-    """The bytes of a number of weights."""
-    return b.lshr(b.mul(weights, emit.word(storage.bits)), emit.word(3))
 
 
 def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:

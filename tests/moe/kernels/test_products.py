@@ -19,6 +19,7 @@ from blyan_node.moe.kernels.targets import runnable
 from blyan_node.testing.exact_sums import Broken, Floats, dots, products
 
 DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 95, 288]
+LONGEST_STREAM = STORAGES["float32"].streamed
 
 
 def _page() -> dict[str, Any]:
@@ -56,7 +57,7 @@ def test_the_reference_for_arrays_is_the_one_of_the_page(depth: int) -> None:
     assert _same(found, np.array(expected, np.float32))
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", [*DEPTHS, LONGEST_STREAM, LONGEST_STREAM + 1])
 def test_every_shape_equals_the_reference(kernels: Kernels, depth: int) -> None:
     random = np.random.default_rng(depth)
     x, w = _rows(random, 11, depth), _rows(random, 13, depth)
