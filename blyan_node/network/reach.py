@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import trio
 from libp2p.peer.id import ID
@@ -77,13 +78,12 @@ class Reach:
         seen = await self._network.request(
             peer, PROTOCOL, Look(addrs=bare), timeout_s=request_s_max
         )
-        took_ms = int(1000 * (trio.current_time() - began))
+        took_s = trio.current_time() - began
         if not isinstance(seen, Seen):
             raise RemoteProtocolError("reach", "answered with something else")
         check_seen(seen)
-        # The peer's clock was read at some moment between request and reply.
-        offset = seen.time_ms - (ours + took_ms // 2)
-        return Looked(peer, seen.host, offset, took_ms // 2 + 1, tuple(seen.tried))
+        offset, error = offset_of(seen.time_ms, ours, took_s)
+        return Looked(peer, seen.host, offset, error, tuple(seen.tried))
 
     async def _try(self, peer: PeerId, addr: str, tried: list[Tried]) -> None:
         """A connection of its own, up to the proof of who answers; it is not kept."""
@@ -102,6 +102,16 @@ class Reach:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await raw.close()
         tried.append(Tried(addr=addr, why=why))
+
+
+def offset_of(theirs_ms: int, ours_ms: int, took_s: float) -> tuple[int, int]:
+    """How far a clock is ahead of ours, and the error of that either way, in ms.
+
+    It was read at some moment of the `took_s` that began when ours was; readings are cut to whole
+    milliseconds.
+    """
+    half_ms = ceil(500 * took_s)
+    return theirs_ms - (ours_ms + half_ms), half_ms + 1
 
 
 def _clock_ms() -> int:

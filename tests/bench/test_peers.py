@@ -15,6 +15,8 @@ from blyan_node.moe.checkpoint import Checkpoint
 from protocols.ids import Subject
 from protocols.tensors.manifest import Dtype
 
+pytestmark = pytest.mark.slow  # torch, transformers and llama.cpp in processes of their own
+
 SMALL: dict[str, object] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,

@@ -55,6 +55,7 @@ def test_a_whole_model_has_the_bits_of_the_written_order(
         assert torch.equal(torch.cat(got), expected)
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("name", _targets())
 @pytest.mark.parametrize("threads", [1, 3])

@@ -58,6 +58,7 @@ def _forward(
     return torch.cat(got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", REAL)
 def test_rows_of_a_whole_model_depend_on_nothing_else(
     directory: Path, prompt: list[int], place: str

@@ -118,6 +118,7 @@ async def throw(host: IHost, victim: ID, protocol: str, data: bytes, wait: float
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_random_bytes_on_each_protocol(protocol: str) -> None:
     @trio_test
@@ -359,6 +360,7 @@ def unread_by(victim: Network, peer: ID) -> int:
     return unread
 
 
+@pytest.mark.slow
 @trio_test
 async def test_broken_muxer_frames_after_a_good_handshake() -> None:
     async with swarm() as (alice, check):

@@ -8,12 +8,14 @@ from typing import NoReturn
 import msgspec
 import pytest
 import trio
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from blyan_node.network.errors import PeerRefused
 from blyan_node.network.interface import NetworkConfig
 from blyan_node.network.listening import check_free
 from blyan_node.network.network import Network
-from blyan_node.network.reach import _at_host
+from blyan_node.network.reach import _at_host, offset_of
 from blyan_node.testing.echo_node import MESSAGES, NETWORK, PROTOCOL, echo
 from blyan_node.testing.trio_tests import trio_test
 from blyan_node.testing.virtual_time import virtual_time_test
@@ -151,6 +153,21 @@ async def test_who_listens_on_ipv4_alone_is_not_tried_over_ipv6() -> None:
     assert await _at_host([CLOSED], "2001:db8::7") == []
     six = "/ip6/2001:db8::9/tcp/7"
     assert await _at_host([CLOSED, six], "2001:db8::7") == ["/ip6/2001:db8::7/tcp/7"]
+
+
+@given(
+    offset=st.integers(-(10**6), 10**6),
+    began_us=st.integers(0, 10_000),
+    took_us=st.integers(0, 10_000),
+    until_read=st.floats(0, 1),
+)
+@example(offset=600_000, began_us=900, took_us=3_999, until_read=1.0)
+def test_a_clock_is_read_off_within_the_error(
+    offset: int, began_us: int, took_us: int, until_read: float
+) -> None:
+    theirs_us = began_us + int(until_read * took_us) + 1000 * offset
+    found, error = offset_of(theirs_us // 1000, began_us // 1000, took_us / 1e6)
+    assert abs(found - offset) <= error
 
 
 @trio_test

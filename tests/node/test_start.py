@@ -128,6 +128,7 @@ def test_a_wrong_option_of_start_is_exit_3_and_named(
     assert not (tmp_path / "alice").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cuda:99", "mps"])
 def test_a_device_that_is_not_there_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     if name in devices.present():
@@ -148,6 +149,7 @@ def test_a_wrong_configuration_is_exit_3_and_names_its_key(tmp_path: Path) -> No
     assert "why: memory: 'lots' is no size" in said.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_refuses_is_named_and_is_no_bug(tmp_path: Path) -> None:
     """As on a disk that is mounted for reading only, or where permissions are wrong."""
     create_home(tmp_path / "alice", role="main", network=None)

@@ -26,6 +26,8 @@ from protocols import limits
 from protocols.errors import ErrorCode, Refused
 from storage.store import Store, open_store
 
+pytestmark = pytest.mark.slow  # a process for each download
+
 NAME = "hf:acme/tiny"
 
 

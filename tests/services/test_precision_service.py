@@ -160,6 +160,7 @@ async def test_without_a_holder_the_main_node_computes_what_is_demanded_itself(
         assert again.token_ids == open_reference(mixtral, precision="int8").generate(PROMPT, 10)
 
 
+@pytest.mark.slow
 @trio_test
 async def test_what_is_demanded_and_nobody_can_compute_is_refused_by_name(
     mixtral: Path, tmp_path: Path

@@ -142,6 +142,7 @@ def test_killed_at_each_step(
         assert (done["blocks"], done["reused_bytes"]) == (0, done["bytes"])
 
 
+@pytest.mark.slow
 def test_a_file_system_that_takes_no_more(model: Path, tmp_path: Path) -> None:
     """A bound on file sizes is what LevelDB sees of a full disk: an error in the middle."""
     data = tmp_path / "data"
@@ -172,6 +173,7 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(model: Path, small_disk: Path) -> None:
     """With the reserve, the store refuses while LevelDB still has room to sort what it took."""
     refused = call("publish", model, small_disk / "data")

@@ -71,6 +71,7 @@ async def test_it_says_what_the_library_says(files: dict[str, bytes]) -> None:
         assert "".join([*pieces, await stream.finish()]) == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [
@@ -94,6 +95,7 @@ async def test_a_template_cannot_fill_the_memory(files: dict[str, bytes], source
         assert await text.encode("hi")  # for others nothing has changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
