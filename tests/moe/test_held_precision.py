@@ -30,6 +30,7 @@ NARROW: tuple[Precision, ...] = ("bfloat16", "float16", "fp8", "int8")
 NEAR = {"bfloat16": 0.2, "float16": 0.1, "fp8": 0.9, "int8": 0.6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", NARROW)
 def test_an_engine_of_pieces_has_the_bits_of_the_reference(
     directory: Path, prompt: list[int], precision: Precision

@@ -118,6 +118,7 @@ def test_an_outsider_is_refused_in_one_line_on_each_side(
     assert lines(caplog, "turned away") == [f"turned away 127.0.0.1: {said}"]
 
 
+@pytest.mark.slow
 def test_two_thousand_attempts_leave_no_task_behind(caplog: pytest.LogCaptureFixture) -> None:
     """Batches of strangers, each of whom is shown the door before the next batch comes."""
 

@@ -18,6 +18,7 @@ from blyan_node.testing.trio_tests import trio_test
 from protocols.signing import Identity
 
 
+@pytest.mark.slow
 @trio_test
 async def test_a_killed_process_fails_its_requests_at_once_and_its_successor_is_found() -> None:
     alice = build(1)
@@ -50,6 +51,7 @@ async def test_a_killed_process_fails_its_requests_at_once_and_its_successor_is_
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 @trio_test
 async def test_one_bootstrap_address_finds_all_others() -> None:
     alice = build(1)

@@ -40,6 +40,7 @@ def _reaches(machine: Machine, name: str) -> bool:
     return subprocess.run(line, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_machines_reach_each_other_by_name_until_the_cable_is_out() -> None:
     with lan("10.81.2") as net:
         alice = net.start("alice", ["sleep", "600"])
