@@ -10,7 +10,7 @@ from typing import Protocol
 
 from llvmlite import ir
 
-from blyan_node.moe.kernels import emit, order, raised
+from blyan_node.moe.kernels import alone, emit, order
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
 from blyan_node.moe.kernels.fields import field, length, rows_of, scales_of
 from blyan_node.moe.kernels.padding import padded
@@ -37,10 +37,10 @@ def product(
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
     tiles: dict[tuple[int, int], ir.Function] = {}
     shapes = target.tiles[storage.effort]
-    if storage.raised is not None and raised.helps(target):
-        one, width = storage.raised, shapes.few[1][1]
+    if storage.alone is not None and alone.helps(target):
+        one, width = storage.alone, shapes.few[1][1]
         makers = {n: _tile(module, one, target, (1, n)) for n in (width, 1)}
-        raised.one_row(b, target, arguments, field(b, matrix, "depth"), makers)
+        alone.one_row(b, target, one, arguments, field(b, matrix, "depth"), makers)
 
     def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
         """Covers what is left of the columns, `width` at a time, by tiles of these heights."""
@@ -65,9 +65,9 @@ def product(
             b.ret_void()
     columns = emit.slot(b, I64, first)
     if storage.streamed:
-        alone = b.icmp_signed("==", rows, emit.word(1))
+        single = b.icmp_signed("==", rows, emit.word(1))
         short = b.icmp_signed("<=", field(b, matrix, "depth"), emit.word(storage.streamed))
-        with b.if_then(b.and_(alone, short)):
+        with b.if_then(b.and_(single, short)):
             sweep(columns, [1], 1)
     for rows_here, (height, width) in sorted(shapes.few.items()):
         with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
@@ -93,9 +93,12 @@ class _Sums:
 
     slots: list[list[list[ir.Value]]]
     lanes: int
+    deal: Sequence[int] = ()  # which sums the lanes have, if not in their order
 
     @staticmethod
-    def zero(b: ir.IRBuilder, rows: int, columns: int, lanes: int) -> "_Sums":
+    def zero(
+        b: ir.IRBuilder, rows: int, columns: int, lanes: int, deal: Sequence[int] = ()
+    ) -> "_Sums":
         kind = emit.vector(FLOAT, lanes)
         zero = emit.constant(kind, 0.0)
         count = order.PARTIAL_SUMS // lanes
@@ -103,7 +106,7 @@ class _Sums:
             [[emit.slot(b, kind, zero) for _ in range(count)] for _ in range(columns)]
             for _ in range(rows)
         ]
-        return _Sums(slots, lanes)
+        return _Sums(slots, lanes, deal)
 
     def add_block(
         self,
@@ -129,6 +132,10 @@ class _Sums:
         """The sums of one row's pairs."""
         kind = emit.vector(FLOAT, self.lanes)
         pairs = [[b.load(s, typ=kind) for s in self.slots[row][column]] for column in columns]
+        if self.deal:
+            places = [self.deal.index(number) for number in range(order.PARTIAL_SUMS)]
+            halves = places[: self.lanes], places[self.lanes :]
+            pairs = [[emit.pick(b, low, high, half) for half in halves] for low, high in pairs]
         return order.total(b, [order.halve(b, pair) for pair in pairs])
 
 
@@ -147,7 +154,7 @@ def _tile(
     xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
     weights = rows_of(b, matrix, "weights", column, columns)
     scales = scales_of(b, storage, matrix, column, columns)
-    sums = _Sums.zero(b, rows, columns, target.lanes)
+    sums = _Sums.zero(b, rows, columns, target.lanes, storage.deal)
     ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
     depth = field(b, matrix, "depth")
     k_cell = emit.slot(b, I64, emit.word(0))
@@ -167,7 +174,7 @@ def _tile(
         here = [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs]
         sums.add_block(b, here, parts, step)
     done = b.load(k_cell, typ=I64)
-    if storage.bits >= 8:
+    if storage.bits >= 8 and not storage.deal:
         with b.if_then(b.icmp_signed("<", done, depth), likely=False):
             places = zip(weights, (storage.scale_at(b, one, done) for one in scales), strict=True)
             _add_remainder(b, storage, sums, xs, list(places), (done, depth))
