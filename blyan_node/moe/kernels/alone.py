@@ -3,7 +3,8 @@
 The row is copied to the stack: its values in the order in which the weights come (`Storage.deal`),
 divided by what these are multiplied by (`Storage.raised`). Each product is the same real number and
 each partial sum has the same operands in the same order, so no bit changes: unless a value is so
-small that dividing it loses its last bits. Then nothing is done here.
+small that dividing it loses its last bits. Then nothing is done here, as for depths above
+`Storage.longest`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from blyan_node.moe.kernels.order import BLOCK, PARTIAL_SUMS
 from blyan_node.moe.kernels.storages import Storage
 from blyan_node.moe.kernels.targets import Target
 
-_MOST = 1 << 14  # values of a row, which are on the stack
 _LINE_BYTES = 64
 _PLACES = (("out", POINTER), ("x", POINTER), ("count", I64), ("lost", POINTER))
 
@@ -41,12 +41,12 @@ def one_row(
     """
     matrix, x, _, rows, y, y_stride, first, last = arguments
     prepare = _dealt if storage.deal else _lowered
-    fits = b.icmp_signed("<=", depth, emit.word(_MOST))
+    fits = b.icmp_signed("<=", depth, emit.word(storage.longest))
     if storage.deal:
         ends = b.icmp_signed("==", b.and_(depth, emit.word(BLOCK - 1)), emit.word(0))
         fits = b.and_(fits, ends)
     with b.if_then(b.and_(b.icmp_signed("==", rows, emit.word(1)), fits)):
-        prepared = emit.slot(b, ir.ArrayType(FLOAT, _MOST), align=_LINE_BYTES)
+        prepared = emit.slot(b, ir.ArrayType(FLOAT, storage.longest), align=_LINE_BYTES)
         lost = emit.slot(b, I64, emit.word(0))
         b.call(prepare(b.module, target, storage), [prepared, x, depth, lost])
         with b.if_then(b.icmp_unsigned("==", b.load(lost, typ=I64), emit.word(0))):

@@ -6,7 +6,7 @@ of its value, which the end of a product makes good (`Storage.unit`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from llvmlite import ir
@@ -38,10 +38,10 @@ class Storage:
 
     `scale` points to the block's scale in a storage that has a `grid` of them. `effort` is 0
     for weights that need no work to become float32, 1 for little and 2 for much. Those of
-    checkpoints are also read `by_columns`. `alone` is a faster form for one row, where a register
-    has 8 lanes: it gives the weights times `raised`, and sixteen of them not by index but in the
-    order `deal`. A tile of one row walks k by `step`: with fewer products at once no register is
-    put aside.
+    checkpoints are also read `by_columns`. `alone` are faster forms for one row, where a register
+    has 8 lanes, each for depths up to its `longest`: they give the weights times `raised`, and
+    sixteen of them not by index but in the order `deal`. A tile of one row walks k by `step`: with
+    fewer products at once no register is put aside.
     Weights are asked for while those `ahead` bytes before them are read, into the second-level
     cache, or into the first where they are to be `near`: measured, with one row of each. For one
     row, those whose depth is at most `streamed` are read one output after another and not asked
@@ -55,7 +55,8 @@ class Storage:
     unit: float = 1.0
     grid: Grid | None = None
     by_columns: bool = False
-    alone: "Storage | None" = None
+    alone: "Sequence[Storage]" = ()
+    longest: int = 1 << 14
     raised: float = 1.0
     deal: Sequence[int] = ()
     step: int = BLOCK
@@ -247,7 +248,9 @@ def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(bits, b.shl(nan, constant(I32, 22))), FLOAT)
 
 
-_INT8_ALONE = Storage("int8_alone", 8, _int8_raised, 1, step=16, near=True, raised=2.0**24)
+_INT8_LONG = Storage("int8_long", 8, _int8_raised, 1, step=16, raised=2.0**24)
+# Of longer rows two tiles do not fit the first-level cache.
+_INT8_SHORT = replace(_INT8_LONG, name="int8_short", near=True, longest=2048)
 _MXFP4_ALONE = Storage(
     "mxfp4_alone", 4, _mxfp4_dealt, 2, grid=Grid(1, 32, 1),
     deal=(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
@@ -259,9 +262,9 @@ STORAGES = {
         Storage("float32", 32, _float32, 0, by_columns=True, streamed=3072),
         Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, step=16),
         Storage("float16", 16, _float16, 1, by_columns=True, step=16),
-        Storage("int8", 8, _int8, 1, alone=_INT8_ALONE, ahead=2048, near=True),
+        Storage("int8", 8, _int8, 1, alone=(_INT8_SHORT, _INT8_LONG), ahead=2048, near=True),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
         Storage("fp8_blocks", 8, _fp8_blocks, 2, grid=Grid(128, 128, 4)),
-        Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1), alone=_MXFP4_ALONE),
+        Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1), alone=(_MXFP4_ALONE,)),
     )
 }

@@ -37,10 +37,9 @@ def product(
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
     tiles: dict[tuple[int, int], ir.Function] = {}
     shapes = target.tiles[storage.effort]
-    if storage.alone is not None and alone.helps(target):
-        one, width = storage.alone, shapes.few[1][1]
-        makers = {n: _tile(module, one, target, (1, n)) for n in (width, 1)}
-        alone.one_row(b, target, one, arguments, field(b, matrix, "depth"), makers)
+    for form in storage.alone if alone.helps(target) else ():
+        makers = {n: _tile(module, form, target, (1, n)) for n in (shapes.few[1][1], 1)}
+        alone.one_row(b, target, form, arguments, field(b, matrix, "depth"), makers)
 
     def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
         """Covers what is left of the columns, `width` at a time, by tiles of these heights."""

@@ -168,7 +168,7 @@ def test_a_broken_kernel_is_noticed(
 SMALL = [2.0**-103, 2.0**-126, 2.0**-149, -(2.0**-149), 2.0**-102 * (1 + 2.0**-23)]
 
 
-@pytest.mark.parametrize("depth", [16, 45, 576, 16384, 16416])
+@pytest.mark.parametrize("depth", [16, 45, 576, 2048, 2049, 16384, 16416])
 def test_one_row_of_int8_has_the_bits_of_the_order_whatever_is_in_it(
     kernels: Kernels, depth: int
 ) -> None:
