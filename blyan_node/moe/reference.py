@@ -109,6 +109,8 @@ class _Session:
         )
         if scales is None:
             return self.linear(x, part[role], bias)
+        if part[role].dtype == torch.int8:  # whole numbers have sums of their own
+            return self.rules.product(Scaled(part[role], scales), bias)(x)
         out = self.linear(x, part[role]) * scales
         return out if bias is None else out + bias
 
@@ -116,7 +118,7 @@ class _Session:
         """The next token in; its logits [vocab] and its experts [top_k] by layer out."""
         c, parts = self.model.config, self.model.parts
         embedding = parts["embed"]
-        x = embedding["weight"][token : token + 1]  # [1, hidden]
+        x = embedding["weight"][token : token + 1].float()  # [1, hidden]
         if _scales("weight") in embedding:
             x = x * embedding[_scales("weight")][token]
         chosen = {}
@@ -231,11 +233,16 @@ class _Session:
 
 
 def _floats(held: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """Everything in float32; a matrix with scales becomes its codes, and the scales beside it."""
+    """Everything in float32; a matrix with scales becomes its codes, and the scales beside it.
+
+    Codes of int8 stay what they are.
+    """
     floats = {}
     for role, weight in held.items():
         if isinstance(weight, Scaled):
-            floats[role], floats[_scales(role)] = weight.codes.float(), weight.scales
+            whole = weight.codes.dtype == torch.int8
+            floats[role] = weight.codes if whole else weight.codes.float()
+            floats[_scales(role)] = weight.scales
         else:
             floats[role] = widened(weight)
     return floats

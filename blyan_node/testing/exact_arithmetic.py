@@ -95,6 +95,7 @@ class ExactProduct:
     def __init__(self, weight: Weight, bias: Tensor | None) -> None:
         self._scales = _array(weight.scales) if isinstance(weight, Scaled) else None
         values = weight.codes.float() if isinstance(weight, Scaled) else widened(weight)
+        self._whole = isinstance(weight, Scaled) and weight.codes.dtype == torch.int8
         self._values = values.contiguous().numpy()
         self._biases = None if bias is None else _array(bias)
         self.outs = weight.shape[0]
@@ -102,5 +103,6 @@ class ExactProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """Rows x [n, depth] times the matrix, transposed, plus its bias: float32 [n, outs]."""
         scales, biases = self._scales, self._biases
-        found = exact_sums.products(_array(x), self._values, scales=scales, biases=biases)
+        given, whole = (_array(x), self._values), self._whole
+        found = exact_sums.products(*given, whole=whole, scales=scales, biases=biases)
         return torch.from_numpy(found)

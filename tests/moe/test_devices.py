@@ -94,8 +94,13 @@ def test_every_precision(
         pytest.skip("mps has no FP8")
     with _there(place):
         found = _forward(directories["mixtral"], _rules(place), prompt[:2], [2], precision)
-    truth = _forward(directories["mixtral"], best(), prompt[:2], [2], precision)
+    truth = _forward(directories["mixtral"], _others(precision), prompt[:2], [2], precision)
     assert (found - truth).abs().max() <= TOLERANCE * truth.abs().max()
+
+
+def _others(storage: str) -> Arithmetic:
+    """What else computes it by the same rule: the kernels have one of their own for int8."""
+    return Plain() if storage == "int8" else best()
 
 
 def _weights() -> dict[str, Weight]:
@@ -126,7 +131,7 @@ def test_products_of_every_storage_in_any_tiles(
     monkeypatch.setattr("blyan_node.moe.devices._TILE_FLOATS", 64 * 96)
     weight, bias = _weights()[storage], torch.arange(193.0)
     x = torch.randn(41, 96, generator=torch.Generator().manual_seed(2))
-    truth = best().product(weight, bias)(x)
+    truth = _others(storage).product(weight, bias)(x)
     with _there(place):
         product = _rules(place).product(weight, bias)
         alone = torch.cat([product(row.clone()[None]) for row in x])

@@ -137,8 +137,8 @@ def test_mxfp4_is_narrower_than_anything_that_can_be_asked_for(
 
 
 def test_the_profile_names_what_is_held() -> None:
-    assert profile("sums1", "int8") == "cpu-sums1-int8"
-    assert profile("sums1") == profile("sums1", "float32") == "cpu-sums1-published"
-    mine = Profiles("sums1", "fp8")
-    assert (mine.own, mine.of("as-published")) == ("cpu-sums1-fp8", "cpu-sums1-published")
-    assert len({profile("sums1", one) for one in PRECISIONS}) == len(PRECISIONS) - 1
+    assert profile("sums2", "int8") == "cpu-sums2-int8"
+    assert profile("sums2") == profile("sums2", "float32") == "cpu-sums2-published"
+    mine = Profiles("sums2", "fp8")
+    assert (mine.own, mine.of("as-published")) == ("cpu-sums2-fp8", "cpu-sums2-published")
+    assert len({profile("sums2", one) for one in PRECISIONS}) == len(PRECISIONS) - 1

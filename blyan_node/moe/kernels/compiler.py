@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -19,6 +19,7 @@ from blyan_node.moe.kernels import (
     sequence,
     tile,
     walking,
+    whole,
 )
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
@@ -33,8 +34,12 @@ def describe(target: Target) -> ir.Module:
     module = ir.Module("kernels")
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
-        many = blocks.product(module, storage, target)
-        export(module, tile.product(module, storage, target, many))
+        if storage.whole:
+            apart = tile.product(module, replace(storage, name=f"{storage.name}_apart"), target)
+            export(module, whole.product(module, storage, target, apart))
+        else:
+            many = blocks.product(module, storage, target)
+            export(module, tile.product(module, storage, target, many))
         if storage.by_columns:
             export(module, columns.columns(module, storage, target))
     for function in epilogues.all_epilogues(module, target):

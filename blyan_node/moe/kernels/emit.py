@@ -97,12 +97,9 @@ def keep_order(b: ir.IRBuilder) -> None:
     b.fence("seq_cst", "singlethread")
 
 
-def prefetch(b: ir.IRBuilder, address: ir.Value, *, near: bool = False) -> None:
-    """Asks for the cache line there, for reading, in the second level or the first (`near`).
-
-    Any address will do.
-    """
-    flags = [ir.Constant(I32, value) for value in (0, 3 if near else 2, 1)]
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Asks for the cache line there, for reading, in the second level; any address will do."""
+    flags = [ir.Constant(I32, value) for value in (0, 2, 1)]
     intrinsic(b, "llvm.prefetch.p0", VOID, [address, *flags])
 
 

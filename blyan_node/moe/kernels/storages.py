@@ -6,7 +6,7 @@ of its value, which the end of a product makes good (`Storage.unit`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 from llvmlite import ir
@@ -38,14 +38,14 @@ class Storage:
 
     `scale` points to the block's scale in a storage that has a `grid` of them. `effort` is 0
     for weights that need no work to become float32, 1 for little and 2 for much. Those of
-    checkpoints are also read `by_columns`. `alone` are faster forms for one row, where a register
-    has 8 lanes, each for depths up to its `longest`: they give the weights times `raised`, and
-    sixteen of them not by index but in the order `deal`. A tile of one row walks k by `step`: with
-    fewer products at once no register is put aside.
-    Weights are asked for while those `ahead` bytes before them are read, into the second-level
-    cache, or into the first where they are to be `near`: measured, with one row of each. For one
-    row, those whose depth is at most `streamed` are read one output after another and not asked
-    for: a processor foresees one stream best. In longer ones each sum would wait for itself.
+    checkpoints are also read `by_columns`. Those that are `whole` numbers are multiplied as such
+    (`kernels.whole`) where a row can be. `alone` is a faster form for one row, where a register
+    has 8 lanes: it gives sixteen weights not by index but in the order `deal`. A tile of one row
+    walks k by `step`: with fewer products at once no register is put aside.
+    Weights are asked for while those `ahead` bytes before them are read: measured, with one row of
+    each. For one row, those whose depth is at most `streamed` are read one output after another and
+    not asked for: a processor foresees one stream best. In longer ones each sum would wait for
+    itself.
     """
 
     name: str
@@ -55,13 +55,11 @@ class Storage:
     unit: float = 1.0
     grid: Grid | None = None
     by_columns: bool = False
-    alone: "Sequence[Storage]" = ()
-    longest: int = 1 << 14
-    raised: float = 1.0
+    whole: bool = False
+    alone: "Storage | None" = None
     deal: Sequence[int] = ()
     step: int = BLOCK
     ahead: int = 16 * 1024
-    near: bool = False
     streamed: int = 0
 
     def bytes(self, weights: int) -> int:
@@ -101,29 +99,6 @@ def _int8(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Part
     def part(number: int) -> ir.Value:
         raw = emit.load(b, vector(I8, lanes), block, lanes * number)
         return b.sitofp(b.sext(raw, vector(I32, lanes)), vector(FLOAT, lanes))
-
-    return part
-
-
-def _int8_raised(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
-    """The weights times 2^24: their bytes are the upper ones of whole numbers of 32 bits.
-
-    In registers of 256 bits bytes move within halves only, so both halves have all sixteen.
-    """
-    assert lanes == 8
-    zero = constant(vector(I8, 32), 0)
-
-    @cache
-    def sixteen(number: int) -> ir.Value:
-        raw = emit.load(b, vector(I8, 16), block, 16 * number)
-        return emit.pick(b, raw, raw, [*range(16), *range(16)])
-
-    def part(number: int) -> ir.Value:
-        whole, first = divmod(lanes * number, 16)
-        places = [16 * (lane // 4) + first + lane for lane in range(lanes)]
-        order = [at for place in places for at in (32, 32, 32, place)]
-        bytes_ = emit.pick(b, sixteen(whole), zero, order)
-        return b.sitofp(b.bitcast(bytes_, vector(I32, lanes)), vector(FLOAT, lanes))
 
     return part
 
@@ -248,9 +223,6 @@ def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(bits, b.shl(nan, constant(I32, 22))), FLOAT)
 
 
-_INT8_LONG = Storage("int8_long", 8, _int8_raised, 1, step=16, raised=2.0**24)
-# Of longer rows two tiles do not fit the first-level cache.
-_INT8_SHORT = replace(_INT8_LONG, name="int8_short", near=True, longest=2048)
 _MXFP4_ALONE = Storage(
     "mxfp4_alone", 4, _mxfp4_dealt, 2, grid=Grid(1, 32, 1),
     deal=(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
@@ -262,9 +234,9 @@ STORAGES = {
         Storage("float32", 32, _float32, 0, by_columns=True, streamed=3072),
         Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, step=16),
         Storage("float16", 16, _float16, 1, by_columns=True, step=16),
-        Storage("int8", 8, _int8, 1, alone=(_INT8_SHORT, _INT8_LONG), ahead=2048, near=True),
+        Storage("int8", 8, _int8, 1, whole=True),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
         Storage("fp8_blocks", 8, _fp8_blocks, 2, grid=Grid(128, 128, 4)),
-        Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1), alone=(_MXFP4_ALONE,)),
+        Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1), alone=_MXFP4_ALONE),
     )
 }

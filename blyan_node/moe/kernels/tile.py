@@ -37,8 +37,9 @@ def product(
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
     tiles: dict[tuple[int, int], ir.Function] = {}
     shapes = target.tiles[storage.effort]
-    for form in storage.alone if alone.helps(target) else ():
-        makers = {n: _tile(module, form, target, (1, n)) for n in (shapes.few[1][1], 1)}
+    if storage.alone is not None and alone.helps(target):
+        form, width = storage.alone, shapes.few[1][1]
+        makers = {n: _tile(module, form, target, (1, n)) for n in (width, 1)}
         alone.one_row(b, target, form, arguments, field(b, matrix, "depth"), makers)
 
     def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
@@ -166,7 +167,7 @@ def _tile(
             so_far = length(b, storage, b.mul(k, emit.word(columns)))
             coming = emit.at(b, weights[0], b.add(ahead, so_far))
             for line in range(0, storage.bytes(step) * columns, LINE_BYTES):
-                emit.prefetch(b, emit.at(b, coming, line), near=storage.near)
+                emit.prefetch(b, emit.at(b, coming, line))
         for weight, scale in zip(weights, scales, strict=True):
             block = emit.at(b, weight, length(b, storage, k))
             parts.append(storage.read(b, block, storage.scale_at(b, scale, k), target.lanes))

@@ -16,7 +16,7 @@ from blyan_node.moe.kernels.library import LINEAR, Kernels
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import runnable
-from blyan_node.testing.exact_sums import Broken, Floats, dots, products
+from blyan_node.testing.exact_sums import Broken, Floats, dots, products, whole_dots
 
 DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 95, 288]
 LONGEST_STREAM = STORAGES["float32"].streamed
@@ -165,24 +165,37 @@ def test_a_broken_kernel_is_noticed(
     assert not _same(found, products(x, w))
 
 
-SMALL = [2.0**-103, 2.0**-126, 2.0**-149, -(2.0**-149), 2.0**-102 * (1 + 2.0**-23)]
+# The largest value of a row: below and at the least that is made whole, the greatest and above.
+LARGEST = [2.0**-149, 2.0**-100 * (1 - 2.0**-24), 2.0**-100, 2.0**100, 2.0**100 * (1 + 2.0**-23)]
 
 
-@pytest.mark.parametrize("depth", [16, 45, 576, 2048, 2049, 16384, 16416])
-def test_one_row_of_int8_has_the_bits_of_the_order_whatever_is_in_it(
-    kernels: Kernels, depth: int
-) -> None:
-    """Its weights may be read as 2^24 times what they are, if its values can be divided by that."""
+@pytest.mark.parametrize("depth", [1, 16, 45, 576, 2048, 2081, 6144, 65536, 65537])
+def test_rows_of_int8_have_the_bits_of_their_rule(kernels: Kernels, depth: int) -> None:
+    """Whole numbers where a row can be made so, whatever the rows beside it are."""
     random = np.random.default_rng(depth)
-    codes = torch.from_numpy(random.integers(-127, 128, (7, depth), np.int8))
+    codes = torch.from_numpy(random.integers(-128, 128, (7, depth), np.int8))
+    codes[3] = -128
     scales = torch.from_numpy(_rows(random, 1, 7)[0])
     matrix = Matrix.of(codes, scales=scales)
-    rows = [_rows(random, 1, depth) for _ in range(5 + len(SMALL))]
-    rows[1][:] *= np.float32(1e-37)
-    rows[2][0, 3], rows[3][0, 5], rows[4][0, -1] = np.inf, np.nan, 0.0
-    for row, small in zip(rows[5:], SMALL, strict=True):
-        row[0, depth // 2] = small
-        row[0, : depth // 4] = 0.0
-    for x in rows:
-        expected = products(x, codes.numpy().astype(np.float32), scales=scales.numpy())
-        assert _same(kernels.linear(torch.from_numpy(x), matrix).numpy(), expected)
+    x = np.concatenate([_rows(random, 1, depth) for _ in range(9 + len(LARGEST))])
+    x[1, -1], x[2, 0], x[3] = np.inf, np.nan, 0.0
+    x[4] = np.float32(1.99999988)  # rounds to 2^15, which is one too many
+    x[5] = np.float32(-1.99999988)
+    for row, largest in zip(x[9:], LARGEST, strict=True):
+        row *= np.float32(largest) / np.abs(row).max()
+        row[depth // 2] = largest
+    given = codes.numpy().astype(np.float32)
+    expected = products(x, given, whole=True, scales=scales.numpy())
+    for first in range(len(x)):
+        for rows in (1, 4, 7):
+            found = kernels.linear(torch.from_numpy(x[first : first + rows]), matrix).numpy()
+            assert _same(found, expected[first : first + rows]), (first, rows)
+
+
+def test_the_rule_for_whole_numbers_is_the_one_of_the_page() -> None:
+    page, random = _page(), np.random.default_rng(5)
+    codes = random.integers(-128, 128, (3, 45), np.int8).astype(np.float32)
+    for size in (1e-33, 1e-3, 1.0, 1e29, 1e31):
+        x = random.standard_normal((1, 45)).astype(np.float32) * np.float32(size)
+        expected = [page["whole_dot"](x[0].tolist(), row.astype(int).tolist()) for row in codes]
+        assert _same(whole_dots(x, codes)[0], np.array(expected, np.float32))

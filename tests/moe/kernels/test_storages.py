@@ -30,8 +30,8 @@ class Case:
     biases: Floats
 
     def expected(self, x: Floats) -> Floats:
-        unit = self.matrix.storage.unit
-        return products(x, self.values, unit=unit, scales=self.scales, biases=self.biases)
+        storage, scaled = self.matrix.storage, {"scales": self.scales, "biases": self.biases}
+        return products(x, self.values, whole=storage.whole, unit=storage.unit, **scaled)
 
 
 def _float_values(kind: torch.dtype) -> Callable[[Bytes, Bytes], Floats]:
@@ -157,7 +157,9 @@ def test_every_code_alone(kernels: Kernels, name: str) -> None:
         matrix = Matrix(
             name, (len(raw), depth), raw.copy(), block_scales=scales if name == "mxfp4" else None
         )
-        expected = products(x, VALUES[name](raw.view(np.uint8), scales), unit=storage.unit)
+        expected = products(
+            x, VALUES[name](raw.view(np.uint8), scales), whole=storage.whole, unit=storage.unit
+        )
         assert _differing(kernels.linear(torch.from_numpy(x), matrix).numpy(), expected) == 0
 
 

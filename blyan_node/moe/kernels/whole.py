@@ -1,0 +1,249 @@
+"""Products with weights that are whole numbers of 8 bits, by their own rule in docs/sums.md.
+
+A row becomes whole numbers of 16 bits times a power of two. Sums of whole numbers are exact, so
+they have no order to keep, and one instruction makes and adds sixteen products where the others
+make eight. A row that is not finite, or whose largest value is out of bounds, is left to the
+products of `tile`, and so are depths that do not fit the stack.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from blyan_node.moe.kernels import emit
+from blyan_node.moe.kernels.emit import FLOAT, I8, I16, I32, I64, POINTER, constant, vector
+from blyan_node.moe.kernels.fields import field, rows_of
+from blyan_node.moe.kernels.order import BLOCK
+from blyan_node.moe.kernels.padding import padded
+from blyan_node.moe.kernels.storages import Storage
+from blyan_node.moe.kernels.targets import Target
+from blyan_node.moe.kernels.tile import ARGUMENTS, finish
+
+LONGEST = 1 << 16  # values of a row
+# Two products of 128 · 2^15 each, 128 times, are below 2^31.
+_CHUNK = 128 * 16
+# Rows and columns of a tile. One row reads one stream of weights, which a processor foresees.
+_SHAPES = ((4, 2), (1, 1))
+_BIAS, _MANTISSA, _MOST_BITS = 127, 23, 14  # the largest value becomes 2^14 or more
+_LEAST, _GREATEST = (_BIAS - 100) << _MANTISSA, (_BIAS + 100) << _MANTISSA  # 2^-100, 2^100
+
+
+def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Function) -> ir.Function:
+    """`linear_STORAGE`: as `tile.product`; `apart` is that, for rows that cannot be made whole."""
+    b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
+    matrix, x, x_stride, rows, y, y_stride, first, last = arguments
+    depth = field(b, matrix, "depth")
+    with b.if_then(b.icmp_signed(">", depth, emit.word(LONGEST)), likely=False):
+        b.call(apart, arguments)
+        b.ret_void()
+    make_whole, most = _make_whole(module), _SHAPES[0][0]
+    numbers = emit.slot(b, ir.ArrayType(I16, most * (LONGEST + BLOCK)), align=32)
+    powers, bad = emit.slot(b, ir.ArrayType(FLOAT, most)), emit.slot(b, I64)
+    stride = b.shl(b.add(depth, emit.word(BLOCK)), emit.word(1))
+    done = emit.slot(b, I64, emit.word(0))
+    for height, width in _SHAPES:
+        tiles = [_tile(module, storage, target, (height, n)) for n in sorted({width, 1})[::-1]]
+        with emit.steps(b, done, rows, height) as row:
+            x_row, y_row = (
+                emit.at(b, start, b.mul(row, step))
+                for start, step in ((x, x_stride), (y, y_stride))
+            )
+            b.store(emit.word(0), bad)
+            with emit.counting(b, emit.word(height)) as number:
+                places = (numbers, stride), (powers, emit.word(4)), (x_row, x_stride)
+                given = [emit.at(b, start, b.mul(number, step)) for start, step in places]
+                b.call(make_whole, [*given, depth, bad])
+            all_whole = b.icmp_signed("==", b.load(bad, typ=I64), emit.word(0))
+            with b.if_else(all_whole) as (then, otherwise):
+                with then:
+                    column = emit.slot(b, I64, first)
+                    for tile, step in zip(tiles, sorted({width, 1})[::-1], strict=True):
+                        with emit.steps(b, column, last, step) as at:
+                            b.call(tile, [matrix, numbers, stride, powers, y_row, y_stride, at])
+                with otherwise, emit.counting(b, emit.word(height)) as number:
+                    # A row in such company is computed as it is alone.
+                    one = apart if height == 1 else b.function
+                    x_one = emit.at(b, x_row, b.mul(number, x_stride))
+                    y_one = emit.at(b, y_row, b.mul(number, y_stride))
+                    b.call(
+                        one, [matrix, x_one, x_stride, emit.word(1), y_one, y_stride, first, last]
+                    )
+    b.ret_void()
+    return b.function
+
+
+def _make_whole(module: ir.Module) -> ir.Function:
+    """numbers · power = x, rounded: int16 [count], zeros after them up to a whole block.
+
+    If there is no such power `bad` is set, and nothing else.
+    """
+    places = (
+        ("numbers", POINTER), ("power", POINTER), ("x", POINTER), ("count", I64), ("bad", POINTER),
+    )  # fmt: skip
+    b, (numbers, power, x, count, bad) = emit.define(module, "make_whole", places)
+    bits, floats = vector(I32, 8), vector(FLOAT, 8)
+    most, done = emit.slot(b, bits, constant(bits, 0)), emit.slot(b, I64, emit.word(0))
+
+    def compare(place: ir.Value) -> None:
+        """Sizes are in the order of their bits, and what is not finite is above all others."""
+        size, known = (
+            b.and_(emit.load(b, bits, place), constant(bits, 0x7FFFFFFF)),
+            b.load(most, typ=bits),
+        )
+        b.store(b.select(b.icmp_signed(">", size, known), size, known), most)
+
+    with emit.steps(b, done, count, 8) as index:
+        compare(emit.at(b, x, b.shl(index, emit.word(2))))
+    whole = b.load(done, typ=I64)
+    rest = padded(b, emit.at(b, x, b.shl(whole, emit.word(2))), b.sub(count, whole), 4)
+    compare(rest)  # fewer than eight, and zeros
+    largest = _largest(b, b.load(most, typ=bits))
+    good = b.and_(
+        b.icmp_signed(">=", largest, constant(I32, _LEAST)),
+        b.icmp_signed("<=", largest, constant(I32, _GREATEST)),
+    )
+    with b.if_then(b.not_(good), likely=False):
+        emit.store(b, emit.word(1), bad)
+        b.ret_void()
+    exponent = b.lshr(largest, constant(I32, _MANTISSA))
+    down = b.sub(constant(I32, 2 * _BIAS + _MOST_BITS), exponent)
+    inverse = emit.broadcast(b, _power(b, down), 8)
+    emit.store(b, _power(b, b.sub(exponent, constant(I32, _MOST_BITS))), power)
+
+    def convert(place: ir.Value, at: ir.Value) -> None:
+        scaled = b.fmul(emit.load(b, floats, place), inverse)
+        near = emit.intrinsic(b, "llvm.x86.avx.cvt.ps2dq.256", bits, [scaled])
+        top = constant(bits, 32767)
+        near = b.select(b.icmp_signed("<", near, top), near, top)
+        emit.store(b, b.trunc(near, vector(I16, 8)), numbers, b.shl(at, emit.word(1)))
+
+    with emit.counting(b, count, 8) as index:
+        convert(emit.at(b, x, b.shl(index, emit.word(2))), index)
+    for part in range(0, BLOCK, 8):
+        convert(emit.at(b, rest, 4 * part), b.add(whole, emit.word(part)))
+    b.ret_void()
+    return b.function
+
+
+def _largest(b: ir.IRBuilder, lanes: ir.Value) -> ir.Value:
+    found = b.extract_element(lanes, constant(I32, 0))
+    for lane in range(1, lanes.type.count):
+        value = b.extract_element(lanes, constant(I32, lane))
+        found = b.select(b.icmp_signed(">", value, found), value, found)
+    return found
+
+
+def _power(b: ir.IRBuilder, exponent: ir.Value) -> ir.Value:
+    """The power of two with these bits of an exponent."""
+    return b.bitcast(b.shl(exponent, constant(I32, _MANTISSA)), FLOAT)
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """The exact sums of a tile, `slots[row][column]`, and each row's power of two."""
+
+    slots: list[list[ir.Value]]
+    powers: list[ir.Value]
+
+    def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
+        """The sums of one row's pairs, rounded once."""
+        found = ir.Constant(vector(FLOAT, len(columns)), ir.Undefined)
+        for lane, column in enumerate(columns):
+            lanes = b.load(self.slots[row][column], typ=vector(I64, 4))
+            one, *others = (b.extract_element(lanes, constant(I32, n)) for n in range(4))
+            for other in others:
+                one = b.add(one, other)
+            value = b.fmul(b.sitofp(one, FLOAT), self.powers[row])
+            found = b.insert_element(found, value, constant(I32, lane))
+        return found
+
+
+def _tile(
+    module: ir.Module, storage: Storage, target: Target, shape: tuple[int, int]
+) -> ir.Function:
+    """The outputs of `shape` (rows, columns) from column `column` on, of rows made whole."""
+    rows, columns = shape
+    b, arguments = emit.define(
+        module,
+        f"tile_{storage.name}_{rows}x{columns}",
+        (("matrix", POINTER), ("numbers", POINTER), ("stride", I64), ("powers", POINTER),
+         ("y", POINTER), ("y_stride", I64), ("column", I64)),
+    )  # fmt: skip
+    matrix, numbers, stride, powers, y, y_stride, column = arguments
+    weights = rows_of(b, matrix, "weights", column, columns)
+    xs = [emit.at(b, numbers, b.mul(stride, emit.word(row))) for row in range(rows)]
+    wide = vector(I64, 4)
+    slots = [[emit.slot(b, wide, constant(wide, 0)) for _ in weights] for _ in xs]
+    depth = field(b, matrix, "depth")
+    whole = b.and_(depth, emit.word(-BLOCK))
+    with emit.spans(b, emit.word(0), whole, _CHUNK) as (start, length):
+        sums = _zeros(b, rows, columns)
+        with emit.counting(b, length, BLOCK) as offset:
+            k = b.add(start, offset)
+            _add_block(b, target, sums, xs, [emit.at(b, w, k) for w in weights], k)
+        _add_up(b, sums, slots)
+    left = b.sub(depth, whole)
+    with b.if_then(b.icmp_signed(">", left, emit.word(0)), likely=False):
+        sums = _zeros(b, rows, columns)
+        ends = [padded(b, emit.at(b, w, whole), left, 1) for w in weights]
+        _add_block(b, target, sums, xs, ends, whole)
+        _add_up(b, sums, slots)
+    ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
+    factors = [emit.load(b, FLOAT, powers, 4 * row) for row in range(rows)]
+    finish(b, storage, matrix, _Totals(slots, factors), ys, (column, columns))
+    b.ret_void()
+    return b.function
+
+
+def _zeros(b: ir.IRBuilder, rows: int, columns: int) -> list[list[ir.Value]]:
+    kind = vector(I32, 8)
+    return [[emit.slot(b, kind, constant(kind, 0)) for _ in range(columns)] for _ in range(rows)]
+
+
+def _add_block(
+    b: ir.IRBuilder,
+    target: Target,
+    sums: Sequence[Sequence[ir.Value]],
+    xs: Sequence[ir.Value],
+    weights: Sequence[ir.Value],
+    k: ir.Value,
+) -> None:
+    """Adds 32 products to each pair: of the weights at those addresses and the rows from k on."""
+    kind, sixteen = vector(I32, 8), vector(I16, 16)
+    for part in range(0, BLOCK, 16):
+        ws = [b.sext(emit.load(b, vector(I8, 16), weight, part), sixteen) for weight in weights]
+        at = b.shl(b.add(k, emit.word(part)), emit.word(1))
+        for row, x in zip(sums, xs, strict=True):
+            values = emit.load(b, sixteen, x, at)
+            for place, w in zip(row, ws, strict=True):
+                b.store(b.add(b.load(place, typ=kind), _products(b, target, values, w)), place)
+        emit.keep_order(b)
+
+
+def _products(b: ir.IRBuilder, target: Target, x: ir.Value, w: ir.Value) -> ir.Value:
+    """x · w of int16 [16], every two of them added: int32 [8]."""
+    if "avx2" in target.needs:
+        return emit.intrinsic(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), [x, w])
+    low, high = (
+        emit.intrinsic(
+            b,
+            "llvm.x86.sse2.pmadd.wd",
+            vector(I32, 4),
+            [emit.pick(b, value, value, range(first, first + 8)) for value in (x, w)],
+        )
+        for first in (0, 8)
+    )
+    return emit.pick(b, low, high, range(8))
+
+
+def _add_up(
+    b: ir.IRBuilder, sums: Sequence[Sequence[ir.Value]], slots: Sequence[Sequence[ir.Value]]
+) -> None:
+    """Adds sums of 32 bits to those of 64."""
+    narrow, wide = vector(I32, 8), vector(I64, 4)
+    for row, places in zip(sums, slots, strict=True):
+        for place, slot in zip(row, places, strict=True):
+            lanes = b.load(place, typ=narrow)
+            low, high = (b.sext(emit.pick(b, lanes, lanes, range(n, n + 4)), wide) for n in (0, 4))
+            b.store(b.add(b.load(slot, typ=wide), b.add(low, high)), slot)
