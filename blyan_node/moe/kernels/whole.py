@@ -25,6 +25,7 @@ LONGEST = 1 << 16  # values of a row
 _CHUNK = 128 * 16
 # Rows and columns of a tile. One row reads one stream of weights, which a processor foresees.
 _SHAPES = ((4, 2), (1, 1))
+_UNROLLED = 4  # blocks at a time, of one row
 _BIAS, _MANTISSA, _MOST_BITS = 127, 23, 14  # the largest value becomes 2^14 or more
 _LEAST, _GREATEST = (_BIAS - 100) << _MANTISSA, (_BIAS + 100) << _MANTISSA  # 2^-100, 2^100
 
@@ -43,7 +44,8 @@ def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Funct
     stride = b.shl(b.add(depth, emit.word(BLOCK)), emit.word(1))
     done = emit.slot(b, I64, emit.word(0))
     for height, width in _SHAPES:
-        tiles = [_tile(module, storage, target, (height, n)) for n in sorted({width, 1})[::-1]]
+        widths = sorted({width, 1}, reverse=True)
+        tiles = [_tile(module, storage, target, (height, n)) for n in widths]
         with emit.steps(b, done, rows, height) as row:
             x_row, y_row = (
                 emit.at(b, start, b.mul(row, step))
@@ -57,10 +59,12 @@ def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Funct
             all_whole = b.icmp_signed("==", b.load(bad, typ=I64), emit.word(0))
             with b.if_else(all_whole) as (then, otherwise):
                 with then:
-                    column = emit.slot(b, I64, first)
-                    for tile, step in zip(tiles, sorted({width, 1})[::-1], strict=True):
-                        with emit.steps(b, column, last, step) as at:
-                            b.call(tile, [matrix, numbers, stride, powers, y_row, y_stride, at])
+                    begin = first
+                    for tile, step in zip(tiles, widths, strict=True):
+                        fits = b.sdiv(b.sub(last, begin), emit.word(step))
+                        end = b.add(begin, b.mul(fits, emit.word(step)))
+                        b.call(tile, [matrix, numbers, stride, powers, y_row, y_stride, begin, end])
+                        begin = end
                 with otherwise, emit.counting(b, emit.word(height)) as number:
                     # A row in such company is computed as it is alone.
                     one = apart if height == 1 else b.function
@@ -162,26 +166,46 @@ class _Totals:
 def _tile(
     module: ir.Module, storage: Storage, target: Target, shape: tuple[int, int]
 ) -> ir.Function:
-    """The outputs of `shape` (rows, columns) from column `column` on, of rows made whole."""
+    """Columns `first` to `last` by tiles of `shape` (rows, columns), of rows made whole."""
     rows, columns = shape
     b, arguments = emit.define(
         module,
         f"tile_{storage.name}_{rows}x{columns}",
         (("matrix", POINTER), ("numbers", POINTER), ("stride", I64), ("powers", POINTER),
-         ("y", POINTER), ("y_stride", I64), ("column", I64)),
+         ("y", POINTER), ("y_stride", I64), ("first", I64), ("last", I64)),
     )  # fmt: skip
-    matrix, numbers, stride, powers, y, y_stride, column = arguments
-    weights = rows_of(b, matrix, "weights", column, columns)
+    matrix, numbers, stride, powers, y, y_stride, first, last = arguments
     xs = [emit.at(b, numbers, b.mul(stride, emit.word(row))) for row in range(rows)]
+    ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
+    factors = [emit.load(b, FLOAT, powers, 4 * row) for row in range(rows)]
+    with emit.counting(b, last, columns, first) as column:
+        weights = rows_of(b, matrix, "weights", column, columns)
+        slots = _sums(b, target, field(b, matrix, "depth"), xs, weights)
+        finish(b, storage, matrix, _Totals(slots, factors), ys, (column, columns))
+    b.ret_void()
+    return b.function
+
+
+def _sums(
+    b: ir.IRBuilder,
+    target: Target,
+    depth: ir.Value,
+    xs: Sequence[ir.Value],
+    weights: Sequence[ir.Value],
+) -> list[list[ir.Value]]:
+    """The exact sums of a tile's pairs, by row and column: registers of 64 bits."""
+    rows, columns = len(xs), len(weights)
     wide = vector(I64, 4)
     slots = [[emit.slot(b, wide, constant(wide, 0)) for _ in weights] for _ in xs]
-    depth = field(b, matrix, "depth")
     whole = b.and_(depth, emit.word(-BLOCK))
     with emit.spans(b, emit.word(0), whole, _CHUNK) as (start, length):
         sums = _zeros(b, rows, columns)
-        with emit.counting(b, length, BLOCK) as offset:
-            k = b.add(start, offset)
-            _add_block(b, target, sums, xs, [emit.at(b, w, k) for w in weights], k)
+        done = emit.slot(b, I64, emit.word(0))
+        for step in (_UNROLLED * BLOCK, BLOCK) if rows == 1 else (BLOCK,):
+            with emit.steps(b, done, length, step) as offset:
+                for block in range(0, step, BLOCK):
+                    k = b.add(start, b.add(offset, emit.word(block)))
+                    _add_block(b, target, sums, xs, [emit.at(b, w, k) for w in weights], k)
         _add_up(b, sums, slots)
     left = b.sub(depth, whole)
     with b.if_then(b.icmp_signed(">", left, emit.word(0)), likely=False):
@@ -189,22 +213,23 @@ def _tile(
         ends = [padded(b, emit.at(b, w, whole), left, 1) for w in weights]
         _add_block(b, target, sums, xs, ends, whole)
         _add_up(b, sums, slots)
-    ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
-    factors = [emit.load(b, FLOAT, powers, 4 * row) for row in range(rows)]
-    finish(b, storage, matrix, _Totals(slots, factors), ys, (column, columns))
-    b.ret_void()
-    return b.function
+    return slots
 
 
-def _zeros(b: ir.IRBuilder, rows: int, columns: int) -> list[list[ir.Value]]:
+def _zeros(b: ir.IRBuilder, rows: int, columns: int) -> list[list[tuple[ir.Value, ...]]]:
+    """Sums of 32 bits, two registers for a pair of a single row."""
     kind = vector(I32, 8)
-    return [[emit.slot(b, kind, constant(kind, 0)) for _ in range(columns)] for _ in range(rows)]
+    count = 2 if rows == 1 else 1
+    return [
+        [tuple(emit.slot(b, kind, constant(kind, 0)) for _ in range(count)) for _ in range(columns)]
+        for _ in range(rows)
+    ]
 
 
 def _add_block(
     b: ir.IRBuilder,
     target: Target,
-    sums: Sequence[Sequence[ir.Value]],
+    sums: Sequence[Sequence[Sequence[ir.Value]]],
     xs: Sequence[ir.Value],
     weights: Sequence[ir.Value],
     k: ir.Value,
@@ -216,7 +241,8 @@ def _add_block(
         at = b.shl(b.add(k, emit.word(part)), emit.word(1))
         for row, x in zip(sums, xs, strict=True):
             values = emit.load(b, sixteen, x, at)
-            for place, w in zip(row, ws, strict=True):
+            for places, w in zip(row, ws, strict=True):
+                place = places[part // 16 % len(places)]
                 b.store(b.add(b.load(place, typ=kind), _products(b, target, values, w)), place)
         emit.keep_order(b)
 
@@ -238,12 +264,16 @@ def _products(b: ir.IRBuilder, target: Target, x: ir.Value, w: ir.Value) -> ir.V
 
 
 def _add_up(
-    b: ir.IRBuilder, sums: Sequence[Sequence[ir.Value]], slots: Sequence[Sequence[ir.Value]]
+    b: ir.IRBuilder,
+    sums: Sequence[Sequence[Sequence[ir.Value]]],
+    slots: Sequence[Sequence[ir.Value]],
 ) -> None:
     """Adds sums of 32 bits to those of 64."""
     narrow, wide = vector(I32, 8), vector(I64, 4)
-    for row, places in zip(sums, slots, strict=True):
-        for place, slot in zip(row, places, strict=True):
-            lanes = b.load(place, typ=narrow)
-            low, high = (b.sext(emit.pick(b, lanes, lanes, range(n, n + 4)), wide) for n in (0, 4))
-            b.store(b.add(b.load(slot, typ=wide), b.add(low, high)), slot)
+    for row, pairs in zip(sums, slots, strict=True):
+        for places, slot in zip(row, pairs, strict=True):
+            for place in places:
+                lanes = b.load(place, typ=narrow)
+                halves = (emit.pick(b, lanes, lanes, range(n, n + 4)) for n in (0, 4))
+                low, high = (b.sext(half, wide) for half in halves)
+                b.store(b.add(b.load(slot, typ=wide), b.add(low, high)), slot)
