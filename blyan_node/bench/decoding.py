@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from blyan_node.bench import peers
 from blyan_node.bench.models import write_model
@@ -23,6 +23,7 @@ from blyan_node.moe.config import MoeFeed
 from blyan_node.moe.families import layout
 from blyan_node.moe.kernels.library import load
 from blyan_node.moe.kernels.objects import user_folder
+from blyan_node.moe.pages import pages
 from blyan_node.testing.daemons import Testnet
 from protocols.dag.header import Kind
 from protocols.ids import parse_subject
@@ -119,5 +120,5 @@ def token_weights(model: Path) -> int:
 
 def _reading(size: int) -> Callable[[], float]:
     """How often in a second so many bytes can be read, by one thread that does nothing else."""
-    kernels, memory = load(user_folder()), np.ones(READ_BYTES // 4, np.float32)
+    kernels, memory = load(user_folder()), pages.empty(1, READ_BYTES, torch.uint8).fill_(1)
     return lambda: READ_BYTES / size / seconds(lambda: kernels.read(memory, READ_BYTES))

@@ -22,6 +22,7 @@ from blyan_node.moe.here import Here
 from blyan_node.moe.kernels.library import load
 from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.kernels.program import Program
+from blyan_node.moe.pages import pages
 from blyan_node.testing.engine import Engine
 from protocols.precision import PUBLISHED, Precision
 from protocols.tensors.manifest import Dtype
@@ -65,7 +66,7 @@ def measure() -> list[Row]:
 def parts(model: Path, precision: Precision, weight_bytes: int, name: str) -> list[Row]:
     """The rows of one precision."""
     torch.set_num_threads(1)
-    kernels, memory = load(user_folder()), torch.ones(READ_BYTES // 4)
+    kernels, memory = load(user_folder()), pages.empty(1, READ_BYTES, torch.uint8).fill_(1)
     checkpoint = Checkpoint.open(model)
     engine = Engine(checkpoint.config, checkpoint.load, Contract(kernels), precision)
     trunk, here = engine.trunk, Here(engine.config, engine.experts_by_place())

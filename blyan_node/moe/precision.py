@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe.layout import FLOATS, SCALE_SUFFIX, SubjectLayout, TensorLayout
+from blyan_node.moe.pages import pages
 from blyan_node.moe.stored import TILE_FLOATS, Fp8Blocks, Mxfp4, Scaled, Weight, widened
 from blyan_node.moe.strict_json import refuse
 from blyan_node.moe.weights import Weights, by_role, copied_bytes, load_part, matrices
@@ -215,7 +216,7 @@ def convert(weight: Tensor, precision: Precision, name: str) -> Tensor | Scaled:
     """
     target = _TARGETS[effective(precision)]
     rows, columns = weight.shape
-    codes = torch.empty(rows, columns, dtype=target)
+    codes = pages.empty(rows, columns, target)
     scales = torch.empty(rows)
     step = max(1, TILE_FLOATS // max(1, columns))
     for first in range(0, rows, step):

@@ -100,11 +100,14 @@ class Sampler:
     def pick(self, logits: Tensor) -> int:
         """The next token after logits [vocab]; of equal ones the smaller id."""
         number, self.drawn = self.drawn, self.drawn + 1
-        values = logits.numpy().astype(np.float64)
-        if not np.isfinite(values).all():
+        found = logits.numpy()
+        if not np.isfinite(found).all():
             raise Refused(
                 ErrorCode.BAD_MODEL, "no next token", "the model's logits are not all finite"
             )
+        if self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1:
+            return int(found.argmax())  # as below
+        values = found.astype(np.float64)
         self._penalise(values)
         if self.sampling.temperature == 0:
             token = int(values.argmax())

@@ -5,7 +5,7 @@ about it. Cancelling frees everything at once: what others still compute for it 
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from blyan_node.moe.arrays import tensor_of, write_tensors
 from blyan_node.moe.profile import Profiles
 from blyan_node.services.account import Account
 from blyan_node.services.compute import Rows
+from blyan_node.services.decoding import Decoding
 from blyan_node.services.layers import Layers
 from blyan_node.services.models import Description, Models
 from blyan_node.services.prompts import Question, question, room_for
@@ -211,13 +212,12 @@ class Generation:
         return model, root, found.heads
 
     async def _decode(self, asked: Question, answer: _Answer, writer: Writer) -> Finish:
-        ids = asked.prompt
-        while True:
-            token = await answer.session.next(ids, asked.sampler.pick)
-            finish = await writer.put(token)
-            if finish is not None:
-                return finish
-            ids = [token]
+        session, pick = answer.session, asked.sampler.pick
+        async with aclosing(Decoding(session, asked.prompt, pick, asked.ends)) as tokens:
+            while True:
+                finish = await writer.put(await tokens.next())
+                if finish is not None:
+                    return finish
 
 
 async def _until(cancelled: trio.Event | None, decode: Callable[[], Awaitable[Finish]]) -> Finish:

@@ -4,8 +4,8 @@ A token of a model of thirty layers would change threads sixty times; where its 
 it does so once. What is not here is left to `blyan_node.services.layers`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.here import Here
@@ -19,8 +19,8 @@ Blocks = Mapping[int, Mapping[int, BlockId]]  # by layer and expert
 class Near:
     """The experts of a session that are kept here, from token to token.
 
-    They are in use during a token, and given back between two if something else needs their memory
-    or drops one.
+    They are in use while something is computed with them, and given back between two tokens if
+    something else needs their memory or drops one.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class Near:
         assert held is not None, "they are kept, and nothing has run since"
         pairs = zip(kept, held, strict=True)
         self._here = Here(config, {(n, e): one.expert for (n, e, _), one in pairs})
-        self._busy = self._asked = self._closed = False
+        self._busy = self._closed = False
+        self.asked = False  # for what they take: whoever computes with them is to come to an end
         holding.borrowers.add(self)
 
     @property
@@ -57,20 +58,20 @@ class Near:
         """Whether these are all that are kept here now."""
         return not self._closed and self._version == self._holding.version
 
-    @contextmanager
-    def token(self) -> Iterator[Here]:
-        """What the trunk computes a token with; they are in use within."""
+    def begin(self) -> Here:
+        """What the trunk computes with; they are in use until `end`."""
         self._busy = True
-        try:
-            yield self._here
-        finally:
-            self._busy = False
-            if self._asked:
-                self.close()
+        return self._here
+
+    def end(self) -> None:
+        """They may be given back again."""
+        self._busy = False
+        if self.asked:
+            self.close()
 
     def give_back(self) -> None:
         """Ends the use of all of them, after the token that is being computed."""
-        self._asked = True
+        self.asked = True
         if not self._busy:
             self.close()
 

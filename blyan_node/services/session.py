@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import trio
+from torch import Tensor
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
@@ -25,15 +26,19 @@ from protocols.precision import Precision
 T = TypeVar("T")
 Choices = npt.NDArray[np.int64]
 Watch = Callable[[int, Choices], None]
+LAST = slice(-1, None)
 
 
 @dataclass(frozen=True)
-class _Met:
+class Met:
     """A layer's attention is done: what its experts are to compute, and what is kept for after."""
 
     attended: Attended
     rows: Rows  # [n, hidden]
     experts: Choices  # [n, top_k] in the router's order
+
+
+Found = Met | Tensor | None
 
 
 @dataclass
@@ -56,7 +61,6 @@ class Session:
     watch: Watch | None = None  # told of each layer's experts, piece by piece
     _cache: KVCache = field(init=False)
     _blocks: dict[int, dict[int, BlockId]] = field(init=False)
-    _length: int = 0
     _near: Near | None = None
 
     def __post_init__(self) -> None:
@@ -85,10 +89,10 @@ class Session:
         """
         return np.concatenate([rows async for rows in self._extend(ids, every, array_of)])
 
-    async def next(self, ids: Sequence[int], pick: Callable[[Any], int]) -> int:
-        """Passes `ids` on; the token that `pick` chooses by the logits [vocab] after the last.
+    async def first(self, ids: Sequence[int], pick: Callable[[Any], int]) -> int:
+        """Passes a prompt on; the token that `pick` chooses by the logits [vocab] after the last.
 
-        In the compute thread, as long as it is there. Otherwise as `extend`.
+        In the compute thread. Otherwise as `extend`.
         """
         (token,) = [token async for token in self._extend(ids, False, lambda rows: pick(rows[-1]))]
         return token
@@ -97,11 +101,10 @@ class Session:
         self, ids: Sequence[int], every: bool, take: Callable[[Any], T]
     ) -> AsyncIterator[T]:
         """What `take` makes of the logits of each piece that there are some of."""
-        done = self._length
+        done = self._cache.length
         for start, end in self.trunk.prefill_cuts(done, len(ids)):
-            rows = slice(None) if every else slice(-1, None) if end == done + len(ids) else None
+            rows = slice(None) if every else LAST if end == done + len(ids) else None
             found = await self._pass(ids[start - done : end - done], rows, take)
-            self._length = end
             if found is not None:
                 yield found
 
@@ -109,13 +112,14 @@ class Session:
         self, ids: Sequence[int], rows: slice | None, take: Callable[[Any], T]
     ) -> T | None:
         """One piece through every layer; what `take` makes of the logits of `rows` of it."""
-        if len(ids) > 1 or self.watch is not None:
-            self._give_back()
-            return await self._walk(ids, rows, None, take)
-        with self._nearby().token() as here:
-            return await self._walk(ids, rows, here, take)
+        self._give_back()
+        met = await self._compute(partial(self.enter, ids, None, rows), take)
+        while isinstance(met, Met):
+            outputs = await self.experts(met)
+            met = await self._compute(partial(self.leave, met, outputs, None, rows), take)
+        return met
 
-    def _nearby(self) -> Near:
+    def nearby(self) -> Near:
         """The experts that are kept here now."""
         if self._near is None or not self._near.current:
             self._give_back()
@@ -132,40 +136,19 @@ class Session:
     def _used(self, layer: int, expert: int, block: BlockId, rows: int) -> None:
         self.account.computed(layer, expert, block, self.layers.network.peer_id, rows)
 
-    async def _walk(
-        self,
-        ids: Sequence[int],
-        rows: slice | None,
-        here: Here | None,
-        take: Callable[[Any], T],
-    ) -> T | None:
-        met = await self._compute(partial(self._enter, ids, rows, here, take))
-        while isinstance(met, _Met):
-            outputs = await self._experts(met)
-            met = await self._compute(partial(self._leave, met, outputs, rows, here, take))
-        return met
+    def enter(self, ids: Sequence[int], here: Here | None, rows: slice | None) -> Found:
+        """In the compute thread: passes the next tokens on, to where experts are elsewhere.
 
-    def _enter(
-        self,
-        ids: Sequence[int],
-        rows: slice | None,
-        here: Here | None,
-        take: Callable[[Any], T],
-    ) -> _Met | T | None:
-        return _met(self.trunk.enter(ids, self._cache, here, rows), take)
+        Behind the last layer it gives the logits of `rows` [n, vocab], or None if of none.
+        """
+        return _met(self.trunk.enter(ids, self._cache, here, rows))
 
-    def _leave(
-        self,
-        met: _Met,
-        outputs: Rows,
-        rows: slice | None,
-        here: Here | None,
-        take: Callable[[Any], T],
-    ) -> _Met | T | None:
-        given = (met.attended, tensor_of(outputs), self._cache, here, rows)
-        return _met(self.trunk.leave(*given), take)
+    def leave(self, met: Met, outputs: Rows, here: Here | None, rows: slice | None) -> Found:
+        """The same from behind such a layer, with what its experts computed."""
+        return _met(self.trunk.leave(met.attended, tensor_of(outputs), self._cache, here, rows))
 
-    async def _experts(self, met: _Met) -> Rows:
+    async def experts(self, met: Met) -> Rows:
+        """What the experts compute of a layer's rows [n, top_k, hidden], wherever they are."""
         layer = met.attended.layer
         if self.watch is not None:
             self.watch(layer, met.experts)
@@ -180,13 +163,16 @@ class Session:
         )
         return await self.layers.compute(batch, self.account)
 
-    async def _compute(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+    async def _compute(self, work: Callable[[], Found], take: Callable[[Any], T]) -> Met | T | None:
+        def compute() -> Met | T | None:
+            found = work()
+            return take(found) if isinstance(found, Tensor) else found
+
+        return await trio.to_thread.run_sync(compute, limiter=self.limiter)
 
 
-def _met(found: Passed, take: Callable[[Any], T]) -> _Met | T | None:
-    """What a layer needs of its experts, as arrays, or what `take` makes of the logits."""
+def _met(found: Passed) -> Found:
     if not isinstance(found, Attended):
-        return None if found is None else take(found)
+        return found
     assert found.routed is not None
-    return _Met(found, array_of(found.routed.normed), array_of(found.routed.experts))
+    return Met(found, array_of(found.routed.normed), array_of(found.routed.experts))

@@ -23,6 +23,12 @@ class Ends:
     tokens: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
 
+    def reached(self, token: int, count: int) -> Finish | None:
+        """How the answer ends with this token, the last of so many; None if it goes on."""
+        if token in self.tokens:
+            return "stop"
+        return "length" if count == self.most else None
+
 
 class Writer:
     """Passes an answer on up to its end. `speech` None: ids alone."""
@@ -46,11 +52,7 @@ class Writer:
         """Takes the next token; how the answer ends if this is its last."""
         self._account.token(trio.current_time())
         self.ids.append(token)
-        finish: Finish | None = None
-        if token in self._ends.tokens:
-            finish = "stop"
-        elif len(self.ids) == self._ends.most:
-            finish = "length"
+        finish = self._ends.reached(token, len(self.ids))
         if self._speech is None:
             self._emit(Token(token_id=token, text=None))
             return finish

@@ -8,7 +8,10 @@ import trio
 
 from blyan_node.moe.kernels.program import Program
 from blyan_node.moe.kernels.targets import Unsupported, runnable
+from blyan_node.services import decoding
+from blyan_node.services.near import Near
 from blyan_node.services.session import Session
+from blyan_node.services.visit import Visit
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.reference import open_reference
 from blyan_node.testing.swarm import Swarm, SwarmNode
@@ -27,15 +30,20 @@ def nobody(token: Token) -> None:
 
 @pytest.fixture
 def hops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of what each visit to the compute thread began with."""
+    """What each visit to the compute thread is: a step of the prompt, by name, or a visit."""
     seen: list[str] = []
-    compute = Session._compute
+    compute, start = Session._compute, Visit.start
 
-    async def counted(session: Session, work: object) -> object:
-        seen.append(work.func.__name__)  # type: ignore[attr-defined]
-        return await compute(session, work)  # type: ignore[arg-type]
+    async def counted(session: Session, work: Any, take: Any) -> object:
+        seen.append(work.func.__name__)
+        return await compute(session, work, take)
+
+    async def visited(visit: Visit[int, object], *given: Any) -> None:
+        seen.append("visit")
+        await start(visit, *given)
 
     monkeypatch.setattr(Session, "_compute", counted)
+    monkeypatch.setattr(Visit, "start", visited)
     return seen
 
 
@@ -74,42 +82,49 @@ async def test_tokens_and_trace_are_the_same_wherever_experts_are(
         for subject, entry in result.trace.items():
             if subject in ALL[missing:]:
                 assert set(entry.peers) == {alice.peer_id}
-    # A pass of the prompt and NEW - 1 of a token each; the prompt's always goes layer by layer.
-    assert hops.count("_enter") == NEW
+    # The prompt always goes layer by layer.
+    assert hops[: 1 + LAYERS] == ["enter"] + ["leave"] * LAYERS
+    visits = hops[1 + LAYERS :]
+    assert set(visits) == {"visit"}
     if missing == 0:
-        assert hops.count("_leave") == LAYERS
-    if missing == len(ALL):
-        assert hops.count("_leave") == LAYERS * NEW
+        assert len(visits) == 1
+    if missing == len(ALL):  # behind the last layer it goes on to the first one of the next token
+        assert len(visits) == 1 + LAYERS * (NEW - 1)
     assert not [held for held in alice.holding.held() if held.users]
 
 
 @trio_test
 async def test_what_is_dropped_meanwhile_leaves_when_the_token_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hops: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything is dropped in the middle of a pass: it is computed to its end, and then gone."""
+    """Everything is dropped in the middle of a token: it is computed to its end, and then gone."""
     path = make_checkpoint("mixtral", tmp_path / "m")
     swarm = Swarm(tmp_path)
     alice = swarm.node("alice", "main")
     swarm.node("bob")
-    compute, dropped = Session._compute, list[BlockId]()
+    enter, dropped = Session.enter, list[BlockId]()
+    loop = trio.lowlevel.current_trio_token()
+
+    async def drop() -> None:
+        dropped.extend(held.what.block for held in alice.holding.held())
+        for block in dropped:
+            await alice.holding.drop(block)
+        assert alice.holding.memory.experts > 0
+
+    def drops(session: Session, *given: Any) -> object:
+        if session._cache.length == len(PROMPT) + 2:
+            trio.from_thread.run(drop, trio_token=loop)
+        return enter(session, *given)
 
     async with swarm.started():
         await _swarm_of_two(swarm, path, ALL, [])
-
-        async def drops(session: Session, work: object) -> object:
-            if session._length > len(PROMPT) and not dropped:
-                dropped.extend(held.what.block for held in alice.holding.held())
-                for block in dropped:
-                    await alice.holding.drop(block)
-                assert alice.holding.memory.experts > 0
-            return await compute(session, work)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(Session, "_compute", drops)
+        hops.clear()
+        monkeypatch.setattr(Session, "enter", drops)
         result = await _answer(alice)
         assert dropped and result.token_ids == open_reference(path).generate(PROMPT, NEW)
         kept = [held for held in alice.holding.held() if held.what.block in dropped]
         assert all(held.reason.value == "passing" for held in kept)  # loaded again for the rest
+        assert hops.count("visit") == 1 + LAYERS * (NEW - 4) + 1  # what is passing is not near
 
 
 @trio_test
@@ -146,22 +161,24 @@ async def test_between_tokens_experts_are_given_back_to_who_needs_their_memory(
     swarm = Swarm(tmp_path)
     alice = swarm.node("alice", "main")
     swarm.node("bob")
-    following, left = Session.next, list[tuple[int, int]]()
+    end, left = Near.end, list[tuple[int, int]]()
 
     async with swarm.started():
         await _swarm_of_two(swarm, path, ALL, [])
 
-        async def drops(session: Session, *given: Any) -> int:
-            if session._length == len(PROMPT) + 2:
-                assert alice.holding.borrowers
-                for held in alice.holding.held():
-                    await alice.holding.drop(held.what.block)
-                left.append((alice.holding.memory.experts, len(alice.holding.borrowers)))
-            return await following(session, *given)
+        def asks(near: Near) -> None:
+            """They are asked back between two tokens."""
+            end(near)
+            for borrower in tuple(alice.holding.borrowers):
+                borrower.give_back()
+            users = sum(held.users for held in alice.holding.held())
+            left.append((users, len(alice.holding.borrowers)))
 
-        monkeypatch.setattr(Session, "next", drops)
+        monkeypatch.setattr(decoding, "AHEAD_MAX", 0)
+        monkeypatch.setattr(Near, "end", asks)
         result = await _answer(alice)
-        assert left == [(0, 0)] and result.token_ids == open_reference(path).generate(PROMPT, NEW)
+        assert left == [(0, 0)] * (NEW - 1)
+        assert result.token_ids == open_reference(path).generate(PROMPT, NEW)
         rows = [entry.peers for entry in result.trace.values()]
         assert sum(sum(peers.values()) for peers in rows) == (len(PROMPT) + NEW - 1) * LAYERS * TOP
         assert not alice.holding.borrowers
