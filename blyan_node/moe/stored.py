@@ -8,7 +8,7 @@ and how fast it is, is in docs/decisions/0006-weights-in-place.md.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -176,11 +176,16 @@ def widened(weight: Weight) -> Tensor:
     return out.mul_(weight.scales[:, None]) if isinstance(weight, Scaled) else out
 
 
-def rows_of(weight: Weight, numbers: Tensor) -> Tensor:
-    """The rows of these numbers, int64 [n], of a matrix: float32 [n, in]."""
-    if isinstance(weight, Scaled):
-        numbers = numbers.to(weight.codes.device)
-        codes = weight.codes.view(torch.uint8)[numbers].view(weight.codes.dtype)
-        return codes.float().mul_(weight.scales[numbers, None])
-    assert isinstance(weight, Tensor), "no family looks rows of packed weights up"
-    return weight[numbers.to(weight.device)].float()
+def rows_of(weight: Weight, numbers: Sequence[int]) -> Tensor:
+    """The rows of these numbers of a matrix: float32 [n, in], which may be a part of it."""
+    assert isinstance(weight, Tensor | Scaled), "no family looks rows of packed weights up"
+    matrix = weight.codes if isinstance(weight, Scaled) else weight
+    which: slice | Tensor
+    if len(numbers) == 1:  # as every token of an answer is: looking up takes half a ms
+        which = slice(numbers[0], numbers[0] + 1)
+    else:
+        which = torch.tensor(numbers, dtype=torch.int64, device=matrix.device)
+    if isinstance(weight, Tensor):
+        return matrix[which].float()
+    codes = matrix.view(torch.uint8)[which].view(matrix.dtype)
+    return codes.float().mul_(weight.scales[which, None])

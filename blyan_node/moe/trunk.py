@@ -147,7 +147,7 @@ class Trunk:
                     f"token id {one}",
                     f"the model's vocabulary has {self.config.vocab} tokens",
                 )
-        rows = rows_of(self._embedding, torch.tensor(list(ids), dtype=torch.int64))
+        rows = rows_of(self._embedding, list(ids))
         device = self._arithmetic.device
         return rows if device is None else rows.to(device)
 
