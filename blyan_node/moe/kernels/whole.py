@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from blyan_node.moe.kernels import emit
-from blyan_node.moe.kernels.emit import FLOAT, I8, I16, I32, I64, POINTER, constant, vector
+from blyan_node.moe.kernels.emit import DOUBLE, FLOAT, I8, I16, I32, I64, POINTER, constant, vector
 from blyan_node.moe.kernels.fields import field, rows_of
 from blyan_node.moe.kernels.order import BLOCK
 from blyan_node.moe.kernels.padding import padded
@@ -23,10 +23,12 @@ from blyan_node.moe.kernels.tile import ARGUMENTS, finish
 LONGEST = 1 << 16  # values of a row
 # Two products of 128 · 2^15 each, 128 times, are below 2^31.
 _CHUNK = 128 * 16
-# Rows and columns of a tile. One row reads one stream of weights, which a processor foresees.
-_SHAPES = ((4, 2), (1, 1))
+# Rows and columns of a tile. Columns of a single row are one stream of weights after the other,
+# which a processor foresees, and are finished together.
+_SHAPES = ((4, 2), (1, 4))
 _UNROLLED = 4  # blocks at a time, of one row
 _BIAS, _MANTISSA, _MOST_BITS = 127, 23, 14  # the largest value becomes 2^14 or more
+_BITS_OF_START = 0x4338_0000_0000_0000  # of 1.5 · 2^52 as a float64
 _LEAST, _GREATEST = (_BIAS - 100) << _MANTISSA, (_BIAS + 100) << _MANTISSA  # 2^-100, 2^100
 
 
@@ -152,15 +154,37 @@ class _Totals:
 
     def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
         """The sums of one row's pairs, rounded once."""
+        if len(columns) == 4:
+            lanes = _four(b, [self._lanes(b, row, column) for column in columns])
+            return b.fmul(lanes, emit.broadcast(b, self.powers[row], 4))
         found = ir.Constant(vector(FLOAT, len(columns)), ir.Undefined)
         for lane, column in enumerate(columns):
-            lanes = b.load(self.slots[row][column], typ=vector(I64, 4))
+            lanes = self._lanes(b, row, column)
             one, *others = (b.extract_element(lanes, constant(I32, n)) for n in range(4))
             for other in others:
                 one = b.add(one, other)
             value = b.fmul(b.sitofp(one, FLOAT), self.powers[row])
             found = b.insert_element(found, value, constant(I32, lane))
         return found
+
+    def _lanes(self, b: ir.IRBuilder, row: int, column: int) -> ir.Value:
+        return b.load(self.slots[row][column], typ=vector(I64, 4))
+
+
+def _four(b: ir.IRBuilder, sums: Sequence[ir.Value]) -> ir.Value:
+    """The sum of the lanes of each of four registers, rounded: float32 [4].
+
+    Below 2^51 a whole number is exact as the end of a float64's mantissa.
+    """
+
+    def add(one: ir.Value, other: ir.Value, low: Sequence[int], high: Sequence[int]) -> ir.Value:
+        return b.add(emit.pick(b, one, other, low), emit.pick(b, one, other, high))
+
+    first, last = (add(sums[n], sums[n + 1], (0, 4, 2, 6), (1, 5, 3, 7)) for n in (0, 2))
+    total = add(first, last, (0, 1, 4, 5), (2, 3, 6, 7))
+    wide, start = vector(DOUBLE, 4), 1.5 * 2.0**52
+    moved = b.bitcast(b.add(total, constant(total.type, _BITS_OF_START)), wide)
+    return b.fptrunc(b.fsub(moved, constant(wide, start)), vector(FLOAT, 4))
 
 
 def _tile(
@@ -178,10 +202,17 @@ def _tile(
     xs = [emit.at(b, numbers, b.mul(stride, emit.word(row))) for row in range(rows)]
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
     factors = [emit.load(b, FLOAT, powers, 4 * row) for row in range(rows)]
+    wide = vector(I64, 4)
+    apart = [[emit.slot(b, wide) for _ in range(columns)] for _ in xs]
     with emit.counting(b, last, columns, first) as column:
         weights = rows_of(b, matrix, "weights", column, columns)
-        slots = _sums(b, target, field(b, matrix, "depth"), xs, weights)
-        finish(b, storage, matrix, _Totals(slots, factors), ys, (column, columns))
+        for group in [[n] for n in range(columns)] if rows == 1 else [range(columns)]:
+            chosen = [weights[n] for n in group]
+            slots = _sums(b, target, field(b, matrix, "depth"), xs, chosen)
+            for found, kept in zip(slots, apart, strict=True):
+                for n, slot in zip(group, found, strict=True):
+                    b.store(b.load(slot, typ=wide), kept[n])
+        finish(b, storage, matrix, _Totals(apart, factors), ys, (column, columns))
     b.ret_void()
     return b.function
 
@@ -272,8 +303,9 @@ def _add_up(
     narrow, wide = vector(I32, 8), vector(I64, 4)
     for row, pairs in zip(sums, slots, strict=True):
         for places, slot in zip(row, pairs, strict=True):
-            for place in places:
-                lanes = b.load(place, typ=narrow)
-                halves = (emit.pick(b, lanes, lanes, range(n, n + 4)) for n in (0, 4))
-                low, high = (b.sext(half, wide) for half in halves)
-                b.store(b.add(b.load(slot, typ=wide), b.add(low, high)), slot)
+            lanes, *more = (b.load(place, typ=narrow) for place in places)
+            for others in more:  # of the same chunk
+                lanes = b.add(lanes, others)
+            halves = (emit.pick(b, lanes, lanes, range(n, n + 4)) for n in (0, 4))
+            low, high = (b.sext(half, wide) for half in halves)
+            b.store(b.add(b.load(slot, typ=wide), b.add(low, high)), slot)
