@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import trio
-from torch import Tensor
 
 from blyan_node.moe.arrays import array_of, tensor_of
 from blyan_node.moe.cache import KVCache
@@ -38,7 +37,7 @@ class Met:
     experts: Choices  # [n, top_k] in the router's order
 
 
-Found = Met | Tensor | None
+Found = Met | Any  # or logits, or None
 
 
 @dataclass
@@ -166,7 +165,7 @@ class Session:
     async def _compute(self, work: Callable[[], Found], take: Callable[[Any], T]) -> Met | T | None:
         def compute() -> Met | T | None:
             found = work()
-            return take(found) if isinstance(found, Tensor) else found
+            return found if found is None or isinstance(found, Met) else take(found)
 
         return await trio.to_thread.run_sync(compute, limiter=self.limiter)
 

@@ -16,6 +16,7 @@ from blyan_node.moe.kernels.emit import DOUBLE, FLOAT, I8, I16, I32, I64, POINTE
 from blyan_node.moe.kernels.fields import field, rows_of
 from blyan_node.moe.kernels.order import BLOCK
 from blyan_node.moe.kernels.padding import padded
+from blyan_node.moe.kernels.quantising import make_whole
 from blyan_node.moe.kernels.storages import Storage
 from blyan_node.moe.kernels.targets import Target
 from blyan_node.moe.kernels.tile import ARGUMENTS, finish
@@ -27,9 +28,7 @@ _CHUNK = 128 * 16
 # which a processor foresees, and are finished together.
 _SHAPES = ((4, 2), (1, 4))
 _UNROLLED = 4  # blocks at a time, of one row
-_BIAS, _MANTISSA, _MOST_BITS = 127, 23, 14  # the largest value becomes 2^14 or more
 _BITS_OF_START = 0x4338_0000_0000_0000  # of 1.5 · 2^52 as a float64
-_LEAST, _GREATEST = (_BIAS - 100) << _MANTISSA, (_BIAS + 100) << _MANTISSA  # 2^-100, 2^100
 
 
 def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Function) -> ir.Function:
@@ -40,7 +39,7 @@ def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Funct
     with b.if_then(b.icmp_signed(">", depth, emit.word(LONGEST)), likely=False):
         b.call(apart, arguments)
         b.ret_void()
-    make_whole, most = _make_whole(module), _SHAPES[0][0]
+    quantise, most = make_whole(module), _SHAPES[0][0]
     numbers = emit.slot(b, ir.ArrayType(I16, most * (LONGEST + BLOCK)), align=32)
     powers, bad = emit.slot(b, ir.ArrayType(FLOAT, most)), emit.slot(b, I64)
     stride = b.shl(b.add(depth, emit.word(BLOCK)), emit.word(1))
@@ -57,7 +56,7 @@ def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Funct
             with emit.counting(b, emit.word(height)) as number:
                 places = (numbers, stride), (powers, emit.word(4)), (x_row, x_stride)
                 given = [emit.at(b, start, b.mul(number, step)) for start, step in places]
-                b.call(make_whole, [*given, depth, bad])
+                b.call(quantise, [*given, depth, bad])
             all_whole = b.icmp_signed("==", b.load(bad, typ=I64), emit.word(0))
             with b.if_else(all_whole) as (then, otherwise):
                 with then:
@@ -77,72 +76,6 @@ def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Funct
                     )
     b.ret_void()
     return b.function
-
-
-def _make_whole(module: ir.Module) -> ir.Function:
-    """numbers · power = x, rounded: int16 [count], zeros after them up to a whole block.
-
-    If there is no such power `bad` is set, and nothing else.
-    """
-    places = (
-        ("numbers", POINTER), ("power", POINTER), ("x", POINTER), ("count", I64), ("bad", POINTER),
-    )  # fmt: skip
-    b, (numbers, power, x, count, bad) = emit.define(module, "make_whole", places)
-    bits, floats = vector(I32, 8), vector(FLOAT, 8)
-    most, done = emit.slot(b, bits, constant(bits, 0)), emit.slot(b, I64, emit.word(0))
-
-    def compare(place: ir.Value) -> None:
-        """Sizes are in the order of their bits, and what is not finite is above all others."""
-        size, known = (
-            b.and_(emit.load(b, bits, place), constant(bits, 0x7FFFFFFF)),
-            b.load(most, typ=bits),
-        )
-        b.store(b.select(b.icmp_signed(">", size, known), size, known), most)
-
-    with emit.steps(b, done, count, 8) as index:
-        compare(emit.at(b, x, b.shl(index, emit.word(2))))
-    whole = b.load(done, typ=I64)
-    rest = padded(b, emit.at(b, x, b.shl(whole, emit.word(2))), b.sub(count, whole), 4)
-    compare(rest)  # fewer than eight, and zeros
-    largest = _largest(b, b.load(most, typ=bits))
-    good = b.and_(
-        b.icmp_signed(">=", largest, constant(I32, _LEAST)),
-        b.icmp_signed("<=", largest, constant(I32, _GREATEST)),
-    )
-    with b.if_then(b.not_(good), likely=False):
-        emit.store(b, emit.word(1), bad)
-        b.ret_void()
-    exponent = b.lshr(largest, constant(I32, _MANTISSA))
-    down = b.sub(constant(I32, 2 * _BIAS + _MOST_BITS), exponent)
-    inverse = emit.broadcast(b, _power(b, down), 8)
-    emit.store(b, _power(b, b.sub(exponent, constant(I32, _MOST_BITS))), power)
-
-    def convert(place: ir.Value, at: ir.Value) -> None:
-        scaled = b.fmul(emit.load(b, floats, place), inverse)
-        near = emit.intrinsic(b, "llvm.x86.avx.cvt.ps2dq.256", bits, [scaled])
-        top = constant(bits, 32767)
-        near = b.select(b.icmp_signed("<", near, top), near, top)
-        emit.store(b, b.trunc(near, vector(I16, 8)), numbers, b.shl(at, emit.word(1)))
-
-    with emit.counting(b, count, 8) as index:
-        convert(emit.at(b, x, b.shl(index, emit.word(2))), index)
-    for part in range(0, BLOCK, 8):
-        convert(emit.at(b, rest, 4 * part), b.add(whole, emit.word(part)))
-    b.ret_void()
-    return b.function
-
-
-def _largest(b: ir.IRBuilder, lanes: ir.Value) -> ir.Value:
-    found = b.extract_element(lanes, constant(I32, 0))
-    for lane in range(1, lanes.type.count):
-        value = b.extract_element(lanes, constant(I32, lane))
-        found = b.select(b.icmp_signed(">", value, found), value, found)
-    return found
-
-
-def _power(b: ir.IRBuilder, exponent: ir.Value) -> ir.Value:
-    """The power of two with these bits of an exponent."""
-    return b.bitcast(b.shl(exponent, constant(I32, _MANTISSA)), FLOAT)
 
 
 @dataclass(frozen=True)
