@@ -83,13 +83,18 @@ class TokenPass:
             self._logits = logits(self._x)
         self._layer_of = {stop.step: number for number, stop in self._stops.items()}
 
-    def enter(self, x: Tensor, cache: KVCache, here: Here, *, last: bool) -> Attended | Tensor:
+    def enter(
+        self, x: Tensor, cache: KVCache, here: Here, ready: Callable[[], None], *, last: bool
+    ) -> Attended | Tensor:
         """Passes the row x [1, hidden] on to a layer whose experts are not here, or to the end.
 
-        There it gives the logits [1, vocab], or without `last` the last layer's row.
+        There it gives the logits [1, vocab], or without `last` the last layer's row. `ready` is
+        called when all is prepared.
         """
         _put(self._x, x)
-        return self._go(0, 0, cache.length_of(0), cache, here, last=last)
+        self._prepare(cache.length_of(0), cache, here)
+        ready()
+        return self._go(0, 0, cache, here, last=last)
 
     def leave(
         self, attended: Attended, rows: Tensor, cache: KVCache, here: Here, *, last: bool
@@ -102,14 +107,14 @@ class TokenPass:
         _put(stop.attended.routed.weights, routed.weights)
         if stop.attended.shared is not None and attended.shared is not None:
             _put(stop.attended.shared, attended.shared)
-        position = cache.length_of(attended.layer) - 1
-        return self._go(stop.step + 1, attended.layer + 1, position, cache, here, last=last)
+        self._prepare(cache.length_of(attended.layer) - 1, cache, here)
+        return self._go(stop.step + 1, attended.layer + 1, cache, here, last=last)
 
     def _go(
-        self, step: int, layer: int, position: int, cache: KVCache, here: Here, *, last: bool
+        self, step: int, layer: int, cache: KVCache, here: Here, *, last: bool
     ) -> Attended | Tensor:
         """From a step on, which belongs to a layer or to the end of the one before."""
-        self._prepare(position, cache, here)
+        position: int = self.program.now.position
         end = self.program.count if last else self._before_logits
         while True:
             stopped = self.program.walk(step, end)

@@ -6,7 +6,7 @@ Rows of one call are consecutive positions of one session. Which rows go togethe
 (`blyan_node.moe.arithmetic`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -180,18 +180,25 @@ class Trunk:
 
     @torch.inference_mode()
     def enter(
-        self, ids: Sequence[int], cache: KVCache, here: Here | None, rows: slice | None
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        here: Here | None,
+        rows: slice | None,
+        ready: Callable[[], None] = lambda: None,
     ) -> Passed:
         """Passes the next tokens on to the first layer whose experts are not all `here`.
 
         One token may have experts here. Behind the last layer it gives the logits of `rows` [n,
-        vocab], or None if those are of none. Raises `Refused` (BAD_INPUT) for unknown ids.
+        vocab], or None if those are of none. `ready` is called when all is prepared. Raises
+        `Refused` (BAD_INPUT) for unknown ids.
         """
         x, token = self.embed(ids), self.token
         if token is None or here is None or not token.lock.acquire(blocking=False):
+            ready()
             return self._on(self.walk(0, x, cache), cache, here, rows)
         try:
-            found = token.enter(x, cache, here, last=rows is not None)
+            found = token.enter(x, cache, here, ready, last=rows is not None)
         finally:
             token.lock.release()
         return found if isinstance(found, Attended) or rows is not None else None

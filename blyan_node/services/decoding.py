@@ -6,6 +6,7 @@ memory, and where whoever takes the tokens falls behind.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from blyan_node.moe.here import Here
@@ -77,14 +78,17 @@ class Decoding:
         found = first(here)
         while not isinstance(found, Met):
             token = self._pick(found[-1])
-            self._visit.tell(token)
+            tell = partial(self._visit.tell, token)
             if self._pauses(token, near):
+                tell()
                 return None
-            found = self._session.enter([token], here, LAST)
+            # Who is told wants the interpreter, which the thread needs until it computes.
+            found = self._session.enter([token], here, LAST, tell)
         return found
 
     def _pauses(self, token: int, near: Near) -> bool:
+        """Whether the thread comes back with this token."""
         visit = self._visit
-        over = self._ends.reached(token, 1 + visit.told) is not None  # the prompt's is one
-        behind = not self._ahead or visit.told - visit.taken > self._ahead
+        over = self._ends.reached(token, 2 + visit.told) is not None  # the prompt's is one
+        behind = not self._ahead or visit.told - visit.taken >= self._ahead
         return over or behind or visit.left or visit.awaited or near.asked or not near.current

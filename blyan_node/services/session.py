@@ -135,12 +135,19 @@ class Session:
     def _used(self, layer: int, expert: int, block: BlockId, rows: int) -> None:
         self.account.computed(layer, expert, block, self.layers.network.peer_id, rows)
 
-    def enter(self, ids: Sequence[int], here: Here | None, rows: slice | None) -> Found:
+    def enter(
+        self,
+        ids: Sequence[int],
+        here: Here | None,
+        rows: slice | None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> Found:
         """In the compute thread: passes the next tokens on, to where experts are elsewhere.
 
-        Behind the last layer it gives the logits of `rows` [n, vocab], or None if of none.
+        Behind the last layer it gives the logits of `rows` [n, vocab], or None if of none. `ready`
+        is called when all is prepared.
         """
-        return _met(self.trunk.enter(ids, self._cache, here, rows))
+        return _met(self.trunk.enter(ids, self._cache, here, rows, ready))
 
     def leave(self, met: Met, outputs: Rows, here: Here | None, rows: slice | None) -> Found:
         """The same from behind such a layer, with what its experts computed."""
