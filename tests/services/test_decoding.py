@@ -56,10 +56,10 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens that were passed on behind the prompt."""
     enter, seen = Session.enter, list[int]()
 
-    def counted(session: Session, ids: Any, here: Any, rows: Any) -> object:
+    def counted(session: Session, ids: Any, here: Any, *given: Any) -> object:
         if here is not None:
             seen.extend(ids)
-        return enter(session, ids, here, rows)
+        return enter(session, ids, here, *given)
 
     monkeypatch.setattr(Session, "enter", counted)
     return seen
