@@ -9,6 +9,7 @@ that depend on the matrix alone: the same call for a row alone and for a row amo
 no sum takes all rows at once. docs/devices.md says what of this has been run on which device.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -26,7 +27,7 @@ from protocols.errors import ErrorCode, Refused
 
 _TILE_FLOATS = 1 << 24  # 64 MiB: a device wants much to do at a time
 _WORKSPACE_BYTES = 512 << 20  # of the device's memory for what is computed with, not held
-_MODEL_CHARS = 32  # of a profile's 64
+_MODEL_CHARS, _DIGEST_CHARS = 32, 6  # of a profile's 64
 
 P = ParamSpec("P")
 
@@ -217,11 +218,18 @@ def _attend_row(
 
 
 def _model(device: torch.device) -> str:
-    """What its bits depend on, for the numeric profile: `cu12.8-h100-80gb-hbm3`."""
+    """What its bits depend on, for the numeric profile: `cu12.8-h100-80gb-hbm3`.
+
+    One that is too long ends with a digest of all of it: models differ in their last words, and the
+    pieces into which a GPU can be cut in nothing else.
+    """
     said = device.type
     if said == "cuda":
         said = f"cu{torch.version.cuda}-{torch.cuda.get_device_name(device)}"
     elif said == "mps":
-        said = f"macos{platform.mac_ver()[0]}"
+        said = f"macos{platform.mac_ver()[0]}-{torch.backends.mps.get_name()}"
     plain = re.sub(r"[^a-z0-9.]+", "-", said.lower().replace("nvidia", "")).strip("-")
-    return plain[:_MODEL_CHARS]
+    if len(plain) <= _MODEL_CHARS:
+        return plain
+    digest = hashlib.sha256(plain.encode()).hexdigest()[:_DIGEST_CHARS]
+    return f"{plain[: _MODEL_CHARS - _DIGEST_CHARS - 1]}-{digest}"

@@ -282,6 +282,22 @@ def test_a_device_is_in_the_profile(model: str, monkeypatch: pytest.MonkeyPatch)
         assert mine.own.isascii() and mine.own == mine.own.lower()
 
 
+def test_devices_that_compute_otherwise_have_profiles_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long names differ at their end: a whole GPU, and the pieces into which it can be cut."""
+    pro = "NVIDIA RTX PRO 6000 Blackwell Server Edition"
+    models = [pro, f"{pro} MIG 1g.24gb", f"{pro} MIG 2g.48gb"]
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: models[device.index])
+    names = {OnDevice(torch.device("cuda", number)).name for number in range(3)}
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    for model in ("Apple M1", "Apple M4 Max"):
+        monkeypatch.setattr("torch.backends.mps.get_name", lambda model=model: model)
+        names.add(OnDevice(torch.device("mps")).name)
+    assert len(names) == 5
+
+
 def test_without_a_device_everything_stays_where_it_lies(directories: dict[str, Path]) -> None:
     checkpoint = Checkpoint.open(directories["mixtral"])
     trunk = Trunk(checkpoint.config, checkpoint.load, best())
