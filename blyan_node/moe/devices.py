@@ -31,6 +31,8 @@ _MODEL_CHARS, _DIGEST_CHARS = 32, 6  # of a profile's 64
 
 P = ParamSpec("P")
 
+OutOfMemory = torch.OutOfMemoryError  # what is raised by whatever does not fit there any more
+
 
 def find(name: str) -> torch.device | None:
     """The device that an operator names: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; None is the CPU.

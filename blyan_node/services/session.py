@@ -16,7 +16,7 @@ from blyan_node.moe.here import Here
 from blyan_node.moe.layer import Attended, Passed
 from blyan_node.moe.trunk import Trunk
 from blyan_node.services.account import Account
-from blyan_node.services.compute import LayerRows, Rows
+from blyan_node.services.compute import LayerRows, Rows, in_turn
 from blyan_node.services.layers import Layers
 from blyan_node.services.near import Near
 from protocols.ids import BlockId, Subject, parse_subject
@@ -181,7 +181,7 @@ class Session:
         return await self.layers.compute(batch, self.account)
 
     async def _compute(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+        return await in_turn(work, self.limiter)
 
 
 def _met(found: Passed, take: Callable[[Any], T]) -> _Met | T | None:
