@@ -172,8 +172,8 @@ class Serving:
                     _settle(job, Failed(error.what))
                 return
         self._count(ready, work.compute_s)
-        for job, data in zip(ready, work.results, strict=True):
-            _settle(job, Activated(data))
+        for job, reply in zip(ready, work.replies, strict=True):
+            _settle(job, reply)
 
     def _count(self, batch: Sequence[Job], compute_s: float) -> None:
         rows = sum(job.asked.rows_out for job in batch)
@@ -201,11 +201,11 @@ class _Batch:
     def __init__(self, jobs: Sequence[Job], held: dict[BlockId, Held]) -> None:
         self._jobs = jobs
         self._held = held
-        self.results: list[bytes] = []
+        self.replies: list[Reply] = []
         self.compute_s = 0.0
 
     def compute(self) -> None:
-        """Fills `results` with each job's rows, in the order that it asked for."""
+        """Fills `replies` with each job's rows, in the order that it asked for."""
         outputs: dict[tuple[int, BlockId], Rows] = {}
         for block, held in self._held.items():
             parts = [
@@ -225,7 +225,14 @@ class _Batch:
             for number, rows in parts:
                 outputs[number, block] = computed[at : at + len(rows)]
                 at += len(rows)
-        self.results = [
-            b"".join(outputs[number, block].tobytes() for block, _ in job.asked.experts)
+        self.replies = [
+            _reply([outputs[number, block] for block, _ in job.asked.experts])
             for number, job in enumerate(self._jobs)
         ]
+
+
+def _reply(rows: Sequence[Rows]) -> Reply:
+    """The rows of one job. A model can have weights that overflow: who says so does not lie."""
+    if all(np.isfinite(one).all() for one in rows):
+        return Activated(b"".join(one.tobytes() for one in rows))
+    return Failed("a value is not a finite number")
