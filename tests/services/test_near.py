@@ -1,5 +1,6 @@
 """A token whose experts are here stays in one thread; where some are not, nothing else changes."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import trio
 
 from blyan_node.moe.kernels.program import Program
 from blyan_node.moe.kernels.targets import Unsupported, runnable
+from blyan_node.services.near import Near
 from blyan_node.services.session import Session
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.reference import open_reference
@@ -110,6 +112,27 @@ async def test_what_is_dropped_meanwhile_leaves_when_the_token_is_done(
         assert dropped and result.token_ids == open_reference(path).generate(PROMPT, NEW)
         kept = [held for held in alice.holding.held() if held.what.block in dropped]
         assert all(held.reason.value == "passing" for held in kept)  # loaded again for the rest
+
+
+@trio_test
+async def test_what_is_given_back_between_two_tokens_is_not_kept_alive(tmp_path: Path) -> None:
+    """A session may wait long for its next token: whoever asked needs the memory now."""
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    async with swarm.started():
+        model = await _swarm_of_two(swarm, path, ALL[:1], [])
+        ((block, expert),) = [(one.what.block, one.expert) for one in alice.holding.held()]
+        config = (await alice.models.describe(model)).config
+        holding = alice.holding
+        near = Near(holding, config, {0: {0: block}}, holding.precision, lambda *used: None)
+        with near.token() as here:
+            assert here.fill(0, [0])
+        alive = weakref.ref(expert)
+        del expert, here
+        await holding.drop(block)
+        assert not near.current and holding.memory.experts == 0 and alive() is None
 
 
 @trio_test
