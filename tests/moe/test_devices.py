@@ -235,6 +235,13 @@ def test_what_a_device_cannot_hold_is_refused_by_name(
     assert refused.value.why == str(error).split("\n")[0]
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices are taken at their word: there are none."""
+    monkeypatch.setattr("blyan_node.moe.devices.trouble", lambda device: None)
+
+
+@pytest.mark.usefixtures("untried")
 def test_the_devices_that_an_operator_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blyan_node.moe.devices.present", lambda: ["cpu"])
     assert find("auto") is find("cpu") is None
@@ -259,6 +266,26 @@ def test_kernels_that_are_chosen_compute_on_the_cpu(monkeypatch: pytest.MonkeyPa
         choose("torch", device="cuda")
 
 
+def test_a_device_that_torch_finds_and_has_no_code_for_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An old GPU: torch says that it is available, and whatever is computed on it fails."""
+    why = "CUDA error: no kernel image is available for execution on the device"
+
+    def fails(*shape: int, device: torch.device) -> Tensor:
+        raise RuntimeError(f"{why}\nCUDA kernel errors might be reported later.")
+
+    monkeypatch.setattr("blyan_node.moe.devices.present", lambda: ["cpu", "cuda:0"])
+    monkeypatch.setattr("torch.ones", fails)
+    with pytest.raises(Refused, match="nothing can be computed on cuda:0") as refused:
+        find("cuda")
+    assert refused.value.why == why
+    assert find("auto") is None and f"cuda:0 is not used: {why}\n" in caplog.text
+    monkeypatch.setattr("torch.ones", lambda *shape, device: torch.zeros(*shape))
+    assert find("auto") == find("cuda") == torch.device("cuda:0")
+
+
+@pytest.mark.usefixtures("untried")
 def test_auto_without_a_device_is_the_best_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blyan_node.moe.devices.present", lambda: ["cpu", "mps"])
     assert type(choose(device="auto", folder=user_folder())) is type(best())
