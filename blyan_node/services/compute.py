@@ -37,7 +37,7 @@ class LayerRows:
 
 
 async def in_turn(work: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
-    """What `work` gives, in a compute thread. Raises `Refused` (BUSY) if a device's memory is full.
+    """What `work` gives, in a thread. Raises `Refused` (BUSY) if a device's memory is full.
 
     What is held is counted, and what it is computed with is not: it ends with the work.
     """
@@ -46,7 +46,7 @@ async def in_turn(work: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
     except OutOfMemory as error:
         raise Refused(
             ErrorCode.BUSY,
-            "the device has no memory left to compute this with",
+            "the device has no memory left for this",
             str(error).partition("\n")[0][:200],
             "Try again later, or start the node with a smaller --memory.",
         ) from None

@@ -16,6 +16,7 @@ from blyan_node.moe.families import layout
 from blyan_node.moe.precision import part_bytes
 from blyan_node.moe.strict_json import refuse
 from blyan_node.moe.trunk import Trunk
+from blyan_node.services.compute import in_turn
 from blyan_node.services.holding import Holding
 from blyan_node.services.memory import Sort
 from blyan_node.services.models import Description
@@ -108,7 +109,7 @@ class Trunks:
         try:
             await self.holding.clear()
             await self._clear()
-            trunk = await trio.to_thread.run_sync(read, limiter=self._limiter)
+            trunk = await in_turn(read, self._limiter)
         except BaseException:  # whatever it was, nothing is loaded
             memory.trunks -= size
             raise

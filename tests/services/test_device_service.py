@@ -105,7 +105,7 @@ async def test_a_worker_whose_device_is_full_leaves_a_request_to_others(
         assert result.token_ids == truth.generate(PROMPT, 4)
         asked = {peer for entry in result.trace.values() for peer in entry.peers}
         assert asked <= {node.peer_id for node in workers} and result.stats.retries == 1
-    assert caplog.text.count("no memory left to compute this with: CUDA out of memory.") == 1
+    assert caplog.text.count("no memory left for this: CUDA out of memory.") == 1
 
 
 @pytest.mark.parametrize("where", ["session.Trunk.enter", "layers.apply_expert"])
@@ -127,6 +127,30 @@ async def test_a_request_on_a_full_device_is_refused_and_the_next_is_answered(
             await alice.generation.generate(request, _nobody)
         assert refused.value.code is ErrorCode.BUSY
         assert refused.value.why == "CUDA out of memory. Tried to allocate 2 GiB."
+        assert len((await alice.generation.generate(request, _nobody)).token_ids) == 4
+
+
+@trio_test
+async def test_what_a_full_device_does_not_load_is_refused_and_nothing_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matrices were the last that fitted, and a bias or a norm is what does not."""
+    path, device = make_checkpoint("mixtral", tmp_path / "m"), OnDevice(torch.device("cpu"))
+    alice = (swarm := Swarm(tmp_path)).node("alice", "main", device=device)
+    async with swarm.started():
+        model = (await alice.publish(path, "tiny")).model
+        for name in ("holding.Expert", "trunks.Trunk"):
+            full = _Full(1, resolve_name(f"blyan_node.services.{name}"))
+            monkeypatch.setattr(
+                f"blyan_node.services.{name}", lambda *given, full=full, **named: full(*given)
+            )
+        with pytest.raises(Refused, match="no memory left"):
+            await alice.hold(model, ALL)
+        request = GenerateRequest(model="tiny", prompt_ids=PROMPT, max_tokens=4, ignore_eos=True)
+        with pytest.raises(Refused, match="no memory left"):
+            await alice.generation.generate(request, _nobody)
+        assert alice.holding.memory.experts == alice.holding.memory.trunks == 0
+        await alice.hold(model, ALL)
         assert len((await alice.generation.generate(request, _nobody)).token_ids) == 4
 
 
