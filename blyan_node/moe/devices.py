@@ -9,6 +9,8 @@ that depend on the matrix alone: the same call for a row alone and for a row amo
 no sum takes all rows at once. docs/devices.md says what of this has been run on which device.
 """
 
+import hashlib
+import logging
 import os
 import platform
 import re
@@ -24,32 +26,59 @@ from blyan_node.moe.precision import moved
 from blyan_node.moe.stored import TILE_ROWS, Scaled, Weight
 from protocols.errors import ErrorCode, Refused
 
+log = logging.getLogger(__name__)
+
 _TILE_FLOATS = 1 << 24  # 64 MiB: a device wants much to do at a time
 _WORKSPACE_BYTES = 512 << 20  # of the device's memory for what is computed with, not held
-_MODEL_CHARS = 32  # of a profile's 64
+_MODEL_CHARS, _DIGEST_CHARS = 32, 6  # of a profile's 64
 
 P = ParamSpec("P")
+
+OutOfMemory = torch.OutOfMemoryError  # what is raised by whatever does not fit there any more
 
 
 def find(name: str) -> torch.device | None:
     """The device that an operator names: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; None is the CPU.
 
-    `auto` is the first CUDA device, or the CPU. Raises `Refused` for one that is not here.
+    `auto` is the first CUDA device if it computes, or the CPU. Raises `Refused` for one that is
+    not here or does not compute.
     """
     here = present()
-    if name == "auto":
-        return torch.device("cuda:0") if "cuda:0" in here else None
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and "cuda:0" not in here):
         return None
-    wanted = "cuda:0" if name == "cuda" else name
-    if wanted in here:
-        return torch.device(wanted)
+    wanted = "cuda:0" if name in ("auto", "cuda") else name
+    if wanted not in here:
+        raise Refused(
+            ErrorCode.NOT_ALLOWED,
+            f"there is no device {name} on this machine",
+            f"torch {torch.__version__} finds {', '.join(here)}",
+            "Choose one of these, or auto.",
+        )
+    device = torch.device(wanted)
+    why = trouble(device)
+    if why is None:
+        return device
+    if name == "auto":
+        log.warning("%s is not used: %s", device, why)
+        return None
     raise Refused(
         ErrorCode.NOT_ALLOWED,
-        f"there is no device {name} on this machine",
-        f"torch {torch.__version__} finds {', '.join(here)}",
-        "Choose one of these, or auto.",
+        f"nothing can be computed on {device}",
+        why,
+        "Choose another --device, or a build of torch that has code for this one.",
     )
+
+
+def trouble(device: torch.device) -> str | None:
+    """Why nothing can be computed there, if so: torch also finds what it has no code for.
+
+    No product is tried: the first one fixes what `OnDevice` has to say before.
+    """
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0][:200]
+    return None
 
 
 def present() -> Sequence[str]:
@@ -217,11 +246,18 @@ def _attend_row(
 
 
 def _model(device: torch.device) -> str:
-    """What its bits depend on, for the numeric profile: `cu12.8-h100-80gb-hbm3`."""
+    """What its bits depend on, for the numeric profile: `cu12.8-h100-80gb-hbm3`.
+
+    One that is too long ends with a digest of all of it: models differ in their last words, and the
+    pieces into which a GPU can be cut in nothing else.
+    """
     said = device.type
     if said == "cuda":
         said = f"cu{torch.version.cuda}-{torch.cuda.get_device_name(device)}"
     elif said == "mps":
-        said = f"macos{platform.mac_ver()[0]}"
+        said = f"macos{platform.mac_ver()[0]}-{torch.backends.mps.get_name()}"
     plain = re.sub(r"[^a-z0-9.]+", "-", said.lower().replace("nvidia", "")).strip("-")
-    return plain[:_MODEL_CHARS]
+    if len(plain) <= _MODEL_CHARS:
+        return plain
+    digest = hashlib.sha256(plain.encode()).hexdigest()[:_DIGEST_CHARS]
+    return f"{plain[: _MODEL_CHARS - _DIGEST_CHARS - 1]}-{digest}"

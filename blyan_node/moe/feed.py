@@ -1,10 +1,11 @@
 """Feed-forward networks, as experts hold them and the trunk computes them."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
-from blyan_node.moe.arithmetic import Arithmetic
+from blyan_node.moe.arithmetic import Arithmetic, Product
 from blyan_node.moe.config import Activation, ClampedGate
 from blyan_node.moe.contract import Steps
 from blyan_node.moe.stored import Weight
@@ -17,14 +18,13 @@ class FeedForward:
         self, activation: Activation, tensors: Mapping[str, Weight], arithmetic: Arithmetic
     ) -> None:
         """`tensors` by role (`blyan_node.moe.layout`): gate and up by themselves or in one."""
-        self._activation, self._arithmetic = activation, arithmetic
-        self._products = {
+        products = {
             role: arithmetic.product(weight, _bias(tensors, role))
             for role, weight in tensors.items()
             if not role.endswith("_bias")
         }
-
-        self._steps = arithmetic.steps(self._compute)
+        # No method of this: the weights go when it does, and do not wait to be collected.
+        self._steps = arithmetic.steps(partial(_compute, arithmetic, activation, products))
 
     @property
     def described(self) -> int:
@@ -40,18 +40,20 @@ class FeedForward:
         """x [n, hidden] → [n, hidden]."""
         return self._steps(x)[0]
 
-    def _compute(self, x: Tensor) -> tuple[Tensor]:
-        products, activation = self._products, self._activation
-        if isinstance(activation, ClampedGate):
-            both = products["gate_up_interleaved"](x)
-            active = self._arithmetic.clamped(both, activation.limit, activation.alpha)
+
+def _compute(
+    arithmetic: Arithmetic, activation: Activation, products: Mapping[str, Product], x: Tensor
+) -> tuple[Tensor]:
+    if isinstance(activation, ClampedGate):
+        both = products["gate_up_interleaved"](x)
+        active = arithmetic.clamped(both, activation.limit, activation.alpha)
+    else:
+        if "gate" in products:
+            gate, up = products["gate"](x), products["up"](x)
         else:
-            if "gate" in products:
-                gate, up = products["gate"](x), products["up"](x)
-            else:
-                gate, up = products["gate_up"](x).chunk(2, dim=1)
-            active = self._arithmetic.swiglu(gate, up)
-        return (products["down"](active),)
+            gate, up = products["gate_up"](x).chunk(2, dim=1)
+        active = arithmetic.swiglu(gate, up)
+    return (products["down"](active),)
 
 
 def _bias(tensors: Mapping[str, Weight], role: str) -> Tensor | None:

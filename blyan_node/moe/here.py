@@ -11,7 +11,7 @@ from blyan_node.moe.experts import Expert
 
 
 class Here:
-    """Experts by layer and number; they are kept for as long as this is.
+    """Experts by layer and number; they are kept for as long as this is, or until `let_go`.
 
     `address` is a table for the steps, in which an expert is once it was asked for (`fill`).
     """
@@ -58,6 +58,11 @@ class Here:
             layer = int(np.searchsorted(self._first, place, "right")) - 1
             yield layer, place - self._first[layer], int(rows[place])
         rows[:] = 0
+
+    def let_go(self) -> None:
+        """Keeps none of them any more."""
+        self._experts = {}
+        self._table[:, 0] = 0
 
 
 def first_places(config: ModelConfig) -> list[int]:

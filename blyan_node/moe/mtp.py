@@ -45,11 +45,16 @@ def mtp_part(layer: int, shapes: Shapes) -> SubjectLayout:
 
 
 def mtp_parts(config: ModelConfig, tensors: Shapes) -> list[SubjectLayout]:
-    """The parts that a directory with `tensors`, by their names on disk, has of such layers."""
+    """The parts that a directory with `tensors`, by their names on disk, has of such layers.
+
+    Raises `Refused` (BAD_MODEL) for a tensor that has the layer's prefix for its whole name.
+    """
     by_layer: dict[int, dict[str, tuple[int, ...]]] = {n: {} for n, _ in mtp_subjects(config)}
     for source, shape in tensors.items():
         match = _LAYER.match(source)
         if match is not None and int(match[1]) in by_layer:
+            if match.end() == len(source):  # no manifest could list it
+                refuse(f"the tensor {source} has no name of its own in its layer", tensor=source)
             by_layer[int(match[1])][source[match.end() :]] = shape
     return [mtp_part(layer, shapes) for layer, shapes in by_layer.items() if shapes]
 

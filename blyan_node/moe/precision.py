@@ -150,10 +150,18 @@ def narrows(shape: tuple[int, ...], dtype: Dtype, precision: Precision) -> bool:
 
 
 def part_bytes(part: SubjectLayout, manifest: Manifest, precision: Precision) -> int:
-    """The bytes that holding a part takes."""
-    total = 0
+    """The bytes that holding a part takes.
+
+    Raises `Refused` (BAD_MODEL) for a tensor that is none of the part's.
+    """
+    total, layouts = 0, {tensor.name: tensor for tensor in part.tensors}
     for entry in manifest.tensors:
-        tensor = part.tensor(entry.name)
+        tensor = layouts.get(entry.name)
+        if tensor is None or entry.shape != tensor.shape:
+            refuse(
+                f"{part.subject}: {entry.name[:80]!a} {list(entry.shape)} is none of its tensors",
+                subject=part.subject,
+            )
         if converts(part, tensor, entry.dtype, precision):
             channels = entry.shape[1 if tensor.transposed else 0]
             total += _converted_bytes(entry.shape, precision, channels)

@@ -108,9 +108,7 @@ class RopeTable:
         if number not in self._pieces:
             positions = torch.arange(_TABLE_POSITIONS, dtype=torch.float32)
             angles = (positions + number * _TABLE_POSITIONS)[:, None] * self._frequencies
-            cos, sin = cos_sin(angles.double().numpy())
-            self._pieces[number] = (
-                torch.from_numpy(cos).float() * self._factor,
-                torch.from_numpy(sin).float() * self._factor,
-            )
+            cos, sin = (torch.from_numpy(one).float() for one in cos_sin(angles.double().numpy()))
+            # The first to come stays: a token's steps are told where it lies (`token_pass`).
+            self._pieces.setdefault(number, (cos * self._factor, sin * self._factor))
         return self._pieces[number]

@@ -120,7 +120,11 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> dict[str, Stored
 
 def _entry(name: str, entry: Any, first: int, where: str) -> StoredTensor:
     place = f"{where}: {name[:80]!a}"
-    if len(name.encode(errors="replace")) > limits.tensor_name_bytes_max:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:  # JSON can name half of a surrogate pair, and nothing else can
+        refuse(f"{place}: the name is no text")
+    if length > limits.tensor_name_bytes_max:
         refuse(f"{place}: the name is too long")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         refuse(f"{place}: expected dtype, shape and data_offsets")

@@ -1,18 +1,23 @@
-"""Products on rows that came from, or go to, the network; for compute threads."""
+"""Products on rows that came from, or go to, the network, and the thread that computes them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from blyan_node.moe.arrays import array_of, tensor_of
+from blyan_node.moe.devices import OutOfMemory
 from blyan_node.moe.experts import Expert
-from protocols.errors import RemoteProtocolError
+from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.forward.messages import PROTOCOL, Activate, Activated
 from protocols.ids import BlockId
 from protocols.precision import Precision
 
+T = TypeVar("T")
 Rows = npt.NDArray[np.float32]
 
 
@@ -30,6 +35,29 @@ class LayerRows:
     blocks: Mapping[int, BlockId]
     precision: Precision
     profile: str
+
+
+async def in_turn(work: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    """What `work` gives, in a thread. Raises `Refused` as `refused_if_full`."""
+    with refused_if_full():
+        return await trio.to_thread.run_sync(work, limiter=limiter)
+
+
+@contextmanager
+def refused_if_full() -> Iterator[None]:
+    """Raises `Refused` (BUSY) if a device's memory is full.
+
+    What is held is counted, and what it is computed with is not: it ends with the work.
+    """
+    try:
+        yield
+    except OutOfMemory as error:
+        raise Refused(
+            ErrorCode.BUSY,
+            "the device has no memory left for this",
+            str(error).partition("\n")[0][:200],
+            "Try again later, or start the node with a smaller --memory.",
+        ) from None
 
 
 def apply_expert(expert: Expert, rows: Rows) -> Rows:

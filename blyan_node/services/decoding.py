@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from blyan_node.moe.here import Here
+from blyan_node.services.compute import refused_if_full
 from blyan_node.services.near import Near
 from blyan_node.services.session import LAST, Met, Session
 from blyan_node.services.visit import Over, Visit
@@ -50,7 +51,8 @@ class Decoding:
             if not isinstance(found, Over):
                 self._last = found
                 return found
-            met = found.result()
+            with refused_if_full():
+                met = found.result()
             self._next = self._following if met is None else await self._behind(met)
 
     async def aclose(self) -> None:

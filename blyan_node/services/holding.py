@@ -23,6 +23,7 @@ from blyan_node.moe.config import ModelConfig
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.precision import expert_bytes
 from blyan_node.services.changes import Changes
+from blyan_node.services.compute import in_turn
 from blyan_node.services.held import Held, Key, NoRoom, Reason, not_an_expert
 from blyan_node.services.memory import Memory, Sort
 from blyan_node.services.models import Models
@@ -269,7 +270,7 @@ class Holding:
                 self._store.packs.drop(block)
             return expert
 
-        return await trio.to_thread.run_sync(read, limiter=self._limiter)
+        return await in_turn(read, self._limiter)
 
     def _name(self, block: BlockId) -> HeldExpert:
         """Which expert of which model `block` is; raises `Refused` if it is none."""

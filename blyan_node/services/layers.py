@@ -15,7 +15,7 @@ import trio
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.account import Account
 from blyan_node.services.activation import Replied, ask
-from blyan_node.services.compute import LayerRows, Rows, apply_expert
+from blyan_node.services.compute import LayerRows, Rows, apply_expert, in_turn
 from blyan_node.services.directory import Adverts
 from blyan_node.services.held import NoRoom
 from blyan_node.services.holding import Holding
@@ -180,7 +180,11 @@ class _Run:
         await self._put.send(await ask(network, self._batch, send, self._account))
 
     async def _compute_kept(self, needs: Sequence[Need]) -> None:
-        rows = await self._compute_here(needs)
+        try:
+            rows = await self._compute_here(needs)
+        except Refused as error:
+            await self._put.send(error)
+            return
         if rows is not None:
             await self._put.send(_Here(needs, rows))
             return
@@ -188,7 +192,10 @@ class _Run:
             await self._put.send(_Again(need))
 
     async def _compute_here(self, needs: Sequence[Need]) -> Sequence[Rows] | None:
-        """The rows of each need, computed on this node; None if one is not loaded."""
+        """The rows of each need, computed on this node; None if one is not loaded.
+
+        Raises `Refused` as `in_turn` does.
+        """
         blocks = [need.block for need in needs]
         with self._layers.holding.use(blocks, self._batch.precision) as held:
             if held is None:
@@ -200,7 +207,7 @@ class _Run:
                     for one, need in zip(held, needs, strict=True)
                 ]
 
-            return await trio.to_thread.run_sync(work, limiter=self._layers.limiter)
+            return await in_turn(work, self._layers.limiter)
 
     async def _serve_here(self, unserved: Unserved) -> None:
         """Loads an expert that nobody is left to compute, or waits a moment for a new holder."""

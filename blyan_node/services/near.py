@@ -87,5 +87,6 @@ class Near:
             block = self._blocks[layer][expert]
             self._used(layer, expert, block, rows)
             used.append(block)
+        self._here.let_go()  # a session may hold this for as long as it waits for its client
         with self._holding.use([block for block in used if self._holding.keeps(block)]):
             pass

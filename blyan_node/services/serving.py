@@ -6,6 +6,7 @@ in the batch) and computes in one thread. A request whose asker is gone or whose
 left out; a product that has begun is never cut off, its reply is dropped.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ import trio
 
 from blyan_node.network.interface import PeerNetwork
 from blyan_node.services.changes import Changes
-from blyan_node.services.compute import Rows, apply_expert
+from blyan_node.services.compute import Rows, apply_expert, in_turn
 from blyan_node.services.held import Held
 from blyan_node.services.holding import Holding
 from blyan_node.services.spread import Spread
 from protocols import limits
-from protocols.errors import RemoteProtocolError
+from protocols.errors import Refused, RemoteProtocolError
 from protocols.forward.messages import (
     MESSAGES,
     PROTOCOL,
@@ -34,6 +35,8 @@ from protocols.forward.messages import (
     check_activate,
 )
 from protocols.ids import BlockId, PeerId
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -161,10 +164,16 @@ class Serving:
         with self._holding.use(blocks) as held:
             assert held is not None, "nothing was dropped since `_lost` looked"
             work = _Batch(ready, dict(zip(blocks, held, strict=True)))
-            await trio.to_thread.run_sync(work.compute, limiter=self._compute)
+            try:
+                await in_turn(work.compute, self._compute)
+            except Refused as error:  # the askers go on elsewhere, and this node with what follows
+                log.warning("%s: %s", error.what, error.why)
+                for job in ready:
+                    _settle(job, Failed(error.what))
+                return
         self._count(ready, work.compute_s)
-        for job, data in zip(ready, work.results, strict=True):
-            _settle(job, Activated(data))
+        for job, reply in zip(ready, work.replies, strict=True):
+            _settle(job, reply)
 
     def _count(self, batch: Sequence[Job], compute_s: float) -> None:
         rows = sum(job.asked.rows_out for job in batch)
@@ -192,11 +201,11 @@ class _Batch:
     def __init__(self, jobs: Sequence[Job], held: dict[BlockId, Held]) -> None:
         self._jobs = jobs
         self._held = held
-        self.results: list[bytes] = []
+        self.replies: list[Reply] = []
         self.compute_s = 0.0
 
     def compute(self) -> None:
-        """Fills `results` with each job's rows, in the order that it asked for."""
+        """Fills `replies` with each job's rows, in the order that it asked for."""
         outputs: dict[tuple[int, BlockId], Rows] = {}
         for block, held in self._held.items():
             parts = [
@@ -216,7 +225,14 @@ class _Batch:
             for number, rows in parts:
                 outputs[number, block] = computed[at : at + len(rows)]
                 at += len(rows)
-        self.results = [
-            b"".join(outputs[number, block].tobytes() for block, _ in job.asked.experts)
+        self.replies = [
+            _reply([outputs[number, block] for block, _ in job.asked.experts])
             for number, job in enumerate(self._jobs)
         ]
+
+
+def _reply(rows: Sequence[Rows]) -> Reply:
+    """The rows of one job. A model can have weights that overflow: who says so does not lie."""
+    if all(np.isfinite(one).all() for one in rows):
+        return Activated(b"".join(one.tobytes() for one in rows))
+    return Failed("a value is not a finite number")

@@ -16,7 +16,7 @@ from blyan_node.moe.here import Here
 from blyan_node.moe.layer import Attended, Passed
 from blyan_node.moe.trunk import Trunk
 from blyan_node.services.account import Account
-from blyan_node.services.compute import LayerRows, Rows
+from blyan_node.services.compute import LayerRows, Rows, in_turn
 from blyan_node.services.layers import Layers
 from blyan_node.services.near import Near
 from protocols.ids import BlockId, Subject, parse_subject
@@ -174,7 +174,7 @@ class Session:
             found = work()
             return found if found is None or isinstance(found, Met) else take(found)
 
-        return await trio.to_thread.run_sync(compute, limiter=self.limiter)
+        return await in_turn(compute, self.limiter)
 
 
 def _met(found: Passed) -> Found:

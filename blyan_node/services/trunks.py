@@ -14,7 +14,9 @@ import trio
 
 from blyan_node.moe.families import layout
 from blyan_node.moe.precision import part_bytes
+from blyan_node.moe.strict_json import refuse
 from blyan_node.moe.trunk import Trunk
+from blyan_node.services.compute import in_turn
 from blyan_node.services.holding import Holding
 from blyan_node.services.memory import Sort
 from blyan_node.services.models import Description
@@ -73,6 +75,7 @@ class Trunks:
             fetched = 0
             loaded = self._loaded.pop(key, None)
             if loaded is None:
+                _check_whole(description, heads)
                 fetched = await self.supply.ensure(parts.values(), progress)
                 loaded = Loaded(await self._load(description, parts, precision))
             self._loaded[key] = loaded
@@ -106,7 +109,7 @@ class Trunks:
         try:
             await self.holding.clear()
             await self._clear()
-            trunk = await trio.to_thread.run_sync(read, limiter=self._limiter)
+            trunk = await in_turn(read, self._limiter)
         except BaseException:  # whatever it was, nothing is loaded
             memory.trunks -= size
             raise
@@ -158,3 +161,13 @@ class Trunks:
         if gone:
             with trio.CancelScope(shield=True):  # who else would know of them? A few files
                 await trio.to_thread.run_sync(clear, limiter=self._limiter)
+
+
+def _check_whole(description: Description, heads: Parts) -> None:
+    """Raises `Refused` (BAD_MODEL) if the configuration asks for a part that nobody published."""
+    for part in layout(description.config):
+        if part.subject not in heads:
+            refuse(
+                f"{description.name} has no {part.subject}, and its config.json asks for one",
+                subject=part.subject,
+            )

@@ -15,7 +15,7 @@ from blyan_node.moe.devices import OnDevice, find, present
 from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.numerics import Plain
 from blyan_node.moe.profile import Profiles
-from blyan_node.moe.stored import Mxfp4, Scaled, Weight
+from blyan_node.moe.stored import Fp8Blocks, Mxfp4, Scaled, Weight
 from blyan_node.moe.trunk import Trunk
 from blyan_node.testing.arithmetic import best
 from blyan_node.testing.elsewhere import FAR, Elsewhere
@@ -117,6 +117,7 @@ def _weights() -> dict[str, Weight]:
         "mxfp4": Mxfp4(codes, powers),
         "int8": Scaled((100 * noise).clamp(-127, 127).to(torch.int8), scales),
         "fp8": Scaled(noise.to(torch.float8_e4m3fn), scales),
+        "fp8 in blocks": Fp8Blocks(noise.to(torch.float8_e4m3fn), scales[:2, None]),
     }
 
 
@@ -126,7 +127,7 @@ def test_products_of_every_storage_in_any_tiles(
     storage: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row has its bits among any others, and at any address."""
-    if place == "mps" and storage == "fp8":
+    if place == "mps" and storage.startswith("fp8"):
         pytest.skip("mps has no FP8")
     monkeypatch.setattr("blyan_node.moe.devices._TILE_FLOATS", 64 * 96)
     weight, bias = _weights()[storage], torch.arange(193.0)
@@ -235,6 +236,13 @@ def test_what_a_device_cannot_hold_is_refused_by_name(
     assert refused.value.why == str(error).split("\n")[0]
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices are taken at their word: there are none."""
+    monkeypatch.setattr("blyan_node.moe.devices.trouble", lambda device: None)
+
+
+@pytest.mark.usefixtures("untried")
 def test_the_devices_that_an_operator_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blyan_node.moe.devices.present", lambda: ["cpu"])
     assert find("auto") is find("cpu") is None
@@ -259,6 +267,26 @@ def test_kernels_that_are_chosen_compute_on_the_cpu(monkeypatch: pytest.MonkeyPa
         choose("torch", device="cuda")
 
 
+def test_a_device_that_torch_finds_and_has_no_code_for_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An old GPU: torch says that it is available, and whatever is computed on it fails."""
+    why = "CUDA error: no kernel image is available for execution on the device"
+
+    def fails(*shape: int, device: torch.device) -> Tensor:
+        raise RuntimeError(f"{why}\nCUDA kernel errors might be reported later.")
+
+    monkeypatch.setattr("blyan_node.moe.devices.present", lambda: ["cpu", "cuda:0"])
+    monkeypatch.setattr("torch.ones", fails)
+    with pytest.raises(Refused, match="nothing can be computed on cuda:0") as refused:
+        find("cuda")
+    assert refused.value.why == why
+    assert find("auto") is None and f"cuda:0 is not used: {why}\n" in caplog.text
+    monkeypatch.setattr("torch.ones", lambda *shape, device: torch.zeros(*shape))
+    assert find("auto") == find("cuda") == torch.device("cuda:0")
+
+
+@pytest.mark.usefixtures("untried")
 def test_auto_without_a_device_is_the_best_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blyan_node.moe.devices.present", lambda: ["cpu", "mps"])
     assert type(choose(device="auto", folder=user_folder())) is type(best())
@@ -280,6 +308,22 @@ def test_a_device_is_in_the_profile(model: str, monkeypatch: pytest.MonkeyPatch)
         assert mine.own.startswith("cuda-torch") and len(mine.own) <= limits.profile_bytes_max
         assert mine.own != theirs.own == f"cpu-{theirs.own.removeprefix('cpu-')}"
         assert mine.own.isascii() and mine.own == mine.own.lower()
+
+
+def test_devices_that_compute_otherwise_have_profiles_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long names differ at their end: a whole GPU, and the pieces into which it can be cut."""
+    pro = "NVIDIA RTX PRO 6000 Blackwell Server Edition"
+    models = [pro, f"{pro} MIG 1g.24gb", f"{pro} MIG 2g.48gb"]
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: models[device.index])
+    names = {OnDevice(torch.device("cuda", number)).name for number in range(3)}
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    for model in ("Apple M1", "Apple M4 Max"):
+        monkeypatch.setattr("torch.backends.mps.get_name", lambda model=model: model)
+        names.add(OnDevice(torch.device("mps")).name)
+    assert len(names) == 5
 
 
 def test_without_a_device_everything_stays_where_it_lies(directories: dict[str, Path]) -> None:

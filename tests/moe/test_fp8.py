@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blyan_node.moe import stored
 from blyan_node.moe.arithmetic import Arithmetic
-from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.arrays import write_tensors
+from blyan_node.moe.checkpoint import INDEX_FILE, Checkpoint
 from blyan_node.moe.contract import Contract
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.export import write_checkpoint
@@ -234,6 +235,22 @@ def test_a_layer_behind_those_that_are_counted_is_refused(
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(fields | {"num_nextn_predict_layers": 0}))
     with pytest.raises(Refused, match=r"'model.layers.3.* behind the 3 of config.json"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_that_is_named_like_a_kept_layer_is_refused(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    """It would be published under no name, in a manifest that nobody reads, its author included."""
+    path, named = directories["deepseek_v3"], "model.layers.3."
+    for file in path.iterdir():
+        if file.name != INDEX_FILE:
+            (tmp_path / file.name).symlink_to(file)
+    index = json.loads((path / INDEX_FILE).read_text())
+    index["weight_map"][named] = "nameless.safetensors"
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    write_tensors(tmp_path / "nameless.safetensors", {named: torch.zeros(1)})
+    with pytest.raises(Refused, match=r"the tensor model.layers.3. has no name of its own"):
         Checkpoint.open(tmp_path)
 
 

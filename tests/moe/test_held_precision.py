@@ -11,6 +11,7 @@ from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.families import expert_layout, layout
+from blyan_node.moe.layout import attention_part
 from blyan_node.moe.numerics import Plain
 from blyan_node.moe.precision import expert_bytes, hold, part_bytes
 from blyan_node.moe.profile import Profiles, profile
@@ -20,6 +21,7 @@ from blyan_node.testing.engine import Engine
 from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint
 from blyan_node.testing.reference import open_reference
 from protocols.dag.header import Kind
+from protocols.errors import Refused
 from protocols.ids import Subject
 from protocols.precision import PRECISIONS, Precision
 from protocols.tensors.manifest import Dtype, Manifest, TensorEntry
@@ -95,6 +97,22 @@ def test_the_bytes_are_known_before_anything_is_loaded(
             assert held.bytes <= part_bytes(part, manifest, precision)
             total += held.bytes
     assert Trunk(checkpoint.config, checkpoint.load, best(), precision).bytes == total
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        TensorEntry("extra", Dtype.F32, (2, 2), 16, ()),
+        TensorEntry("self_attn.q_proj.weight", Dtype.F32, (4,), 16, ()),
+    ],
+)
+def test_a_tensor_that_is_none_of_the_parts_is_refused_by_name(
+    directories: dict[str, Path], entry: TensorEntry
+) -> None:
+    part = attention_part(Checkpoint.open(directories["mixtral"]).config, 0)
+    for precision in PRECISIONS:
+        with pytest.raises(Refused, match=rf"layer0.attention: '{entry.name}' .* none of its"):
+            part_bytes(part, Manifest((entry,)), precision)
 
 
 def _manifest(checkpoint: Checkpoint, subject: Subject) -> Manifest:

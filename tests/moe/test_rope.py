@@ -2,7 +2,9 @@
 
 import math
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from blyan_node.moe import rope
 from blyan_node.moe.config import Rope
-from blyan_node.moe.rope import RopeTable, cos_sin, inverse_frequencies, natural_log
+from blyan_node.moe.rope import Floats, RopeTable, cos_sin, inverse_frequencies, natural_log
 
 PAGE = Path(__file__).parents[2] / "docs" / "sums.md"
 
@@ -81,3 +83,18 @@ def test_logarithms_are_the_nearest() -> None:
     for value in (1e-3, 0.5, 2.0, 8.0, 40.0, 150_000.0):
         assert abs(natural_log(value) - math.log(value)) <= math.ulp(math.log(value))
     assert natural_log(1.0) == 0.0
+
+
+def test_threads_that_come_to_a_piece_at_once_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's steps have its address and nothing more: it must not be put in another's place."""
+    made, both = rope.cos_sin, threading.Barrier(2, timeout=10)
+
+    def together(angles: Floats) -> tuple[Floats, Floats]:
+        both.wait()
+        return made(angles)
+
+    monkeypatch.setattr(rope, "cos_sin", together)
+    table = RopeTable(Rope(10_000.0), 8)
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(lambda _: table.rows(3, 4)[0].data_ptr(), range(2)))
+    assert places == [table.rows(3, 4)[0].data_ptr()] * 2

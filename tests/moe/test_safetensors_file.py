@@ -70,6 +70,7 @@ def test_a_good_header() -> None:
         ("b", [], "expected dtype"),
         ("c", {"dtype": "U8", "shape": [1], "data_offsets": [32, 33]}, "32 bytes of tensors"),
         ("x" * 600, {"dtype": "U8", "shape": [0], "data_offsets": [32, 32]}, "too long"),
+        ("\ud800", {"dtype": "U8", "shape": [0], "data_offsets": [32, 32]}, "is no text"),
         ("__metadata__", {"format": 1}, "__metadata__"),
         ("d", {"dtype": "U8", "shape": [1] * 9, "data_offsets": [32, 33]}, "shape"),
         ("d", {"dtype": "U8", "shape": [1 << 61, 8], "data_offsets": [32, 1 << 61]}, "fit"),

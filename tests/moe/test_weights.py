@@ -1,5 +1,8 @@
 """Loading: everything stays where and as it lies, and what does not fit is named."""
 
+import gc
+import random
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +11,15 @@ import torch
 
 from blyan_node.moe.arithmetic import choose
 from blyan_node.moe.checkpoint import Checkpoint
+from blyan_node.moe.devices import OnDevice
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.families import expert_layout
+from blyan_node.moe.here import Here
+from blyan_node.moe.numerics import Plain
 from blyan_node.moe.trunk import Trunk
 from blyan_node.moe.weights import Weights, load_part
 from blyan_node.testing.arithmetic import best
+from blyan_node.testing.engine import Engine
 from protocols.errors import ErrorCode, Refused
 from protocols.ids import Subject
 from protocols.tensors.manifest import DTYPE_BYTES, Dtype
@@ -105,3 +112,31 @@ def test_a_trunk_reads_everything_but_experts(directory: Path) -> None:
     assert trunk.copied == 0
     with pytest.raises(Refused, match="token id 97"):
         trunk.embed([1, 97])
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("arithmetic", ["best", "torch", "device"])
+def test_what_is_let_go_is_gone_at_once(
+    directories: dict[str, Path], variant: str, arithmetic: str
+) -> None:
+    """The memory counts as free from then on: on a device nothing else would give it back."""
+    rules = {"best": best, "torch": Plain, "device": lambda: OnDevice(torch.device("cpu"))}
+    checkpoint, held = Checkpoint.open(directories[variant]), list[weakref.ref[object]]()
+
+    def tensors(subject: Subject) -> Weights:
+        given = checkpoint.load(subject)
+        held.extend(weakref.ref(data.obj) for _, _, data in given.values())
+        return given
+
+    gc.disable()
+    try:
+        engine = Engine(checkpoint.config, tensors, rules[arithmetic]())
+        cache = engine.trunk.new_cache()
+        engine.forward([(cache, [5, 6, 7])], random.Random(1))
+        here = Here(checkpoint.config, engine.experts_by_place())
+        assert isinstance(engine.trunk.enter([8], cache, here, slice(None)), torch.Tensor)
+        assert all(one() is not None for one in held)
+        del engine, here
+        assert not [one for one in held if one() is not None]
+    finally:
+        gc.enable()

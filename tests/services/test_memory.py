@@ -10,6 +10,7 @@ import trio.testing
 
 from blyan_node.services.held import NoRoom, Reason
 from blyan_node.services.memory import Memory, Sort, resident
+from blyan_node.services.supply import silent
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint
 from blyan_node.testing.swarm import Swarm, SwarmNode
@@ -265,3 +266,17 @@ def test_sorts_are_asked_in_order_and_only_as_far_as_needed() -> None:
 def test_the_system_is_asked_for_what_is_resident() -> None:
     found = resident()
     assert found is None or (found.anonymous > 2**20 and found.file > 2**20)
+
+
+@trio_test
+async def test_a_model_that_lacks_a_part_of_its_configuration_is_refused_by_name(
+    tiny: Path, tmp_path: Path
+) -> None:
+    async with told(tiny, tmp_path) as t:
+        description = await t.alice.models.describe(t.model)
+        for name in ("layer1.attention", "layer0.expert3"):
+            heads = {subject: block for subject, block in t.heads.items() if subject != name}
+            with pytest.raises(Refused, match=f"tiny has no {name}") as refused:
+                async with t.alice.trunks.use(description, heads, "as-published", silent):
+                    pass
+            assert refused.value.code is ErrorCode.BAD_MODEL and t.memory.trunks == 0

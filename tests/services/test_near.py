@@ -1,5 +1,6 @@
 """A token whose experts are here stays in one thread; where some are not, nothing else changes."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,28 @@ async def test_what_is_dropped_meanwhile_leaves_when_the_token_is_done(
         kept = [held for held in alice.holding.held() if held.what.block in dropped]
         assert all(held.reason.value == "passing" for held in kept)  # loaded again for the rest
         assert hops.count("visit") == 1 + LAYERS * (NEW - 4) + 1  # what is passing is not near
+
+
+@trio_test
+async def test_what_is_given_back_between_two_tokens_is_not_kept_alive(tmp_path: Path) -> None:
+    """A session may wait long for its next token: whoever asked needs the memory now."""
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    async with swarm.started():
+        model = await _swarm_of_two(swarm, path, ALL[:1], [])
+        ((block, expert),) = [(one.what.block, one.expert) for one in alice.holding.held()]
+        config = (await alice.models.describe(model)).config
+        holding = alice.holding
+        near = Near(holding, config, {0: {0: block}}, holding.precision, lambda *used: None)
+        here = near.begin()
+        assert here.fill(0, [0])
+        near.end()
+        alive = weakref.ref(expert)
+        del expert, here
+        await holding.drop(block)
+        assert not near.current and holding.memory.experts == 0 and alive() is None
 
 
 @trio_test

@@ -129,6 +129,15 @@ async def test_what_waits_is_computed_together_and_no_bit_changes(
 
 
 @trio_test
+async def test_a_worker_that_computes_no_finite_number_says_so(tiny: Path, tmp_path: Path) -> None:
+    """Or a model whose weights overflow would cost those that hold it their score."""
+    async with pair(tiny, tmp_path) as p:
+        failed = Failed("a value is not a finite number")
+        assert await p.ask(p.message(np.full((2, HIDDEN), 3e38, np.float32), 0, 1)) == failed
+        assert isinstance(await p.ask(p.message(some_rows(2), 0, 1)), Activated)
+
+
+@trio_test
 async def test_a_full_queue_answers_at_once(tiny: Path, tmp_path: Path) -> None:
     async with pair(tiny, tmp_path) as p:
         p.bob.serving._queue_max = 2
