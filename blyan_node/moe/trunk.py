@@ -37,7 +37,7 @@ from protocols.errors import ErrorCode, Refused
 from protocols.ids import Subject
 from protocols.precision import PUBLISHED, Precision
 
-PREFILL_ROWS = 128  # an expert that sees a fourth of them still has many (`kernels.blocks`)
+PREFILL_ROWS = 256  # an expert that sees a fourth of them still has many (`kernels.blocks`)
 Parts = dict[str, dict[str, Weight]]
 
 
