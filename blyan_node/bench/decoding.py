@@ -121,4 +121,9 @@ def token_weights(model: Path) -> int:
 def _reading(size: int) -> Callable[[], float]:
     """How often in a second so many bytes can be read, by one thread that does nothing else."""
     kernels, memory = load(user_folder()), pages.empty(1, READ_BYTES, torch.uint8).fill_(1)
-    return lambda: READ_BYTES / size / seconds(lambda: kernels.read(memory, READ_BYTES))
+
+    def rate() -> float:
+        kernels.read(memory, READ_BYTES)  # the system may have taken what was idle for a minute
+        return READ_BYTES / size / seconds(lambda: kernels.read(memory, READ_BYTES))
+
+    return rate
