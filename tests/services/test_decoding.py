@@ -1,5 +1,6 @@
 """Tokens are computed ahead of who takes them, so far and no further; others have their turn."""
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -208,3 +209,35 @@ async def test_cancelled_in_the_middle_nothing_is_left(tmp_path: Path) -> None:
         assert result.token_ids == [token.token_id for token in told]
         assert not [held for held in alice.holding.held() if held.users]
         assert alice.holding.memory.caches == 0
+
+
+@trio_test
+async def test_nothing_more_is_computed_when_nobody_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is cancelled while its third token is computed, which is the last then."""
+    enter, leave, entered = Session.enter, Visit.leave, list[int]()
+    cancelled, left = trio.Event(), threading.Event()
+    loop = trio.lowlevel.current_trio_token()
+
+    def waits(session: Session, ids: Any, here: Any, *given: Any) -> object:
+        if here is not None:
+            entered.extend(ids)
+            if len(entered) == 2:
+                loop.run_sync_soon(cancelled.set)
+                left.wait()
+        return enter(session, ids, here, *given)
+
+    async def leaves(visit: Visit[int, object]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leave, visit)
+            with trio.CancelScope(shield=True):
+                while not visit.left:
+                    await trio.lowlevel.checkpoint()
+            left.set()
+
+    monkeypatch.setattr(Session, "enter", waits)
+    monkeypatch.setattr(Visit, "leave", leaves)
+    async with alone(tmp_path) as alice:
+        result = await alice.generation.generate(asked(400), nobody, cancelled=cancelled)
+    assert result.finish == "cancelled" and len(entered) == 2
