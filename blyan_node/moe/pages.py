@@ -39,19 +39,23 @@ class _Mapping:
         self._memory = mmap.mmap(-1, size + spare, flags=flags)
         address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._first = -address % LARGE_PAGE
-        with suppress(OSError, AttributeError):  # a system without them has the usual ones
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._advise("MADV_HUGEPAGE", self._first, size)
 
-    def view(self, slot: int, size: int) -> memoryview:
-        """The first bytes of a slot."""
+    def take(self, slot: int, size: int) -> memoryview:
+        """The first bytes of a slot, which may lie in large pages again if it was cleared."""
         begin = self._first + slot * self.size
+        self._advise("MADV_HUGEPAGE", begin, self.size)
         return memoryview(self._memory)[begin : begin + size]
 
     def clear(self, slot: int) -> None:
-        """Gives the pages of a slot back to the system."""
+        """Gives the pages of a slot back; no large page is made of it and its neighbours."""
         begin = self._first + slot * self.size
-        with suppress(OSError, AttributeError):
-            self._memory.madvise(mmap.MADV_DONTNEED, begin, self.size)
+        self._advise("MADV_DONTNEED", begin, self.size)
+        self._advise("MADV_NOHUGEPAGE", begin, self.size)
+
+    def _advise(self, advice: str, begin: int, size: int) -> None:
+        with suppress(OSError, AttributeError):  # a system that does not know it needs no advice
+            self._memory.madvise(getattr(mmap, advice), begin, size)
 
 
 class Pages:
@@ -83,7 +87,7 @@ class Pages:
             self._collect()
             mapping = self._with_room(size)
             slot = mapping.free.pop()
-        view = mapping.view(slot, used)
+        view = mapping.take(slot, used)
         # It may be freed in the middle of anything, by a collection of garbage: without the lock.
         weakref.finalize(view, self._give_back, mapping, slot).atexit = False
         return torch.frombuffer(view, dtype=dtype).view(rows, columns)
@@ -107,6 +111,8 @@ class Pages:
             mapping.free.append(slot)
             if len(mapping.free) == mapping.slots:
                 self._mappings[mapping.size].remove(mapping)
+                if not self._mappings[mapping.size]:
+                    del self._mappings[mapping.size]
 
 
 pages = Pages()

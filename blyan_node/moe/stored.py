@@ -184,7 +184,7 @@ def rows_of(weight: Weight, numbers: Sequence[int]) -> Tensor:
     if len(numbers) == 1:  # as every token of an answer is: looking up takes half a ms
         which = slice(numbers[0], numbers[0] + 1)
     else:
-        which = torch.tensor(numbers, dtype=torch.int64, device=matrix.device)
+        which = torch.tensor(numbers, dtype=torch.int64).to(matrix.device)
     if isinstance(weight, Tensor):
         return matrix[which].float()
     codes = matrix.view(torch.uint8)[which].view(matrix.dtype)

@@ -16,7 +16,7 @@ from blyan_node.services.session import LAST, Met, Session
 from blyan_node.services.visit import Over, Visit
 from blyan_node.services.writer import Ends
 
-AHEAD_MAX = 8  # tokens that are computed and not taken
+AHEAD_MAX = 8  # tokens that wait to be taken while a further one is computed
 
 Pass = Callable[[Here], Any]  # to a layer's experts (`Met`), or to the logits [1, vocab]
 
@@ -92,5 +92,5 @@ class Decoding:
         """Whether the thread comes back with this token."""
         visit = self._visit
         over = self._ends.reached(token, 2 + visit.told) is not None  # the prompt's is one
-        behind = not self._ahead or visit.told - visit.taken >= self._ahead
+        behind = visit.told - visit.taken >= self._ahead
         return over or behind or visit.left or visit.awaited or near.asked or not near.current

@@ -80,6 +80,7 @@ class Session:
                 yield
             finally:
                 self._give_back()
+                del self._cache
 
     async def extend(self, ids: Sequence[int], *, every: bool = False) -> Rows:
         """Passes `ids` on; logits [1, vocab] after the last, or [n, vocab] after each of them.

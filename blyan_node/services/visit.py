@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import trio
 
+from protocols.errors import Refused
+
 T = TypeVar("T")  # what is told
 R = TypeVar("R")  # what is returned
 
@@ -51,12 +53,13 @@ class Visit(Generic[T, R]):
             with suppress(trio.RunFinishedError):  # nobody is left to be told
                 self._loop.run_sync_soon(end, result)
 
+        self.under_way = True
         try:
             trio.lowlevel.start_thread_soon(work, lambda outcome: tell(outcome.unwrap))
         except BaseException:
+            self.under_way = False
             self._limiter.release_on_behalf_of(self)
             raise
-        self.under_way = True
 
     def tell(self, value: T) -> None:
         """For the thread: hands a value over and goes on."""
@@ -73,8 +76,14 @@ class Visit(Generic[T, R]):
         return found
 
     async def leave(self) -> None:
-        """Waits for the end of a call under way, which sees that nobody takes what it tells."""
+        """Waits for the end of a call under way, which sees that nobody takes what it tells.
+
+        Raises what it raised, unless that was a refusal: nobody waits for what is refused.
+        """
         self.left = True
         with trio.CancelScope(shield=True):
             while self.under_way:
-                await self.take()
+                found = await self.take()
+                if isinstance(found, Over):
+                    with suppress(Refused):
+                        found.result()

@@ -33,23 +33,35 @@ def test_matrices_of_one_size_lie_next_to_each_other_from_a_large_page_on() -> N
     assert (last - min(64, slots) * 300 * KIB) % LARGE_PAGE == 0
 
 
-@LINUX
-def test_the_system_is_asked_for_large_pages() -> None:
-    try:
-        mmap.mmap(-1, 4 * LARGE_PAGE, flags=mmap.MAP_PRIVATE).madvise(mmap.MADV_HUGEPAGE)
-    except OSError as error:
-        pytest.skip(f"this system has none: {error}")
-    pages = Pages()
-    one = matrix(pages)
-    place, flags, within = one.data_ptr(), "", False
+def flags_of(place: int) -> set[str]:
+    """What the system says of the memory there."""
+    within = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
         if "-" in head and not head.endswith(":"):
             begin, end = (int(part, 16) for part in head.split("-"))
             within = begin <= place < end
         elif within and head == "VmFlags:":
-            flags = line
-    assert "hg" in flags.split()
+            return set(line.split())
+    raise AssertionError("no such memory")
+
+
+@LINUX
+def test_large_pages_are_asked_for_what_is_in_use_and_not_for_what_is_free() -> None:
+    """Else the system may make one large page of a slot in use and the free ones beside it."""
+    try:
+        mmap.mmap(-1, 4 * LARGE_PAGE, flags=mmap.MAP_PRIVATE).madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        pytest.skip(f"this system has none: {error}")
+    pages = Pages()
+    kept, freed = matrix(pages), matrix(pages)
+    place = freed.data_ptr()
+    assert "hg" in flags_of(place) and "hg" in flags_of(kept.data_ptr())
+    del freed
+    gc.collect()
+    assert "nh" in flags_of(place) and "hg" in flags_of(kept.data_ptr())
+    again = matrix(pages)
+    assert again.data_ptr() == place and "hg" in flags_of(place)
 
 
 def test_what_is_in_use_is_shared_with_nobody() -> None:

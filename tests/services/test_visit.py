@@ -1,12 +1,14 @@
 """A call in a thread hands values over without waiting, and its end is seen at once."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import trio
 
 from blyan_node.services.visit import Over, Visit
 from blyan_node.testing.trio_tests import trio_test
+from protocols.errors import ErrorCode, Refused
 
 
 @trio_test
@@ -103,3 +105,20 @@ async def test_who_is_cancelled_in_the_queue_has_begun_nothing() -> None:
     assert scope.cancelled_caught and not called and not visit.under_way
     assert limiter.borrowed_tokens == 0
     await visit.leave()
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(KeyError("a bug"), True), (Refused(ErrorCode.BUSY, "what", "why"), False)],
+)
+@trio_test
+async def test_a_bug_is_not_lost_when_nobody_takes(raised: Exception, seen: bool) -> None:
+    visit = Visit[int, None](trio.CapacityLimiter(1))
+
+    def work() -> None:
+        raise raised
+
+    await visit.start(work, lambda: None)
+    with pytest.raises(KeyError) if seen else nullcontext():
+        await visit.leave()
+    assert not visit.under_way
