@@ -77,6 +77,7 @@ def test_a_dropped_block_is_fetched_where_it_is_and_named_where_it_is_nowhere(
 ) -> None:
     net = make_testnet(2, "--hold", "none")
     _publish(net, tiny)
+    net["bob"].until("the model", lambda: net["bob"]("status")["models"] == 1)
     net["bob"]("model", "fetch", "tiny")
     block = net["alice"]("model", "show", "tiny")["subjects"]["layer0.expert0"]["block"]
     expected = open_reference(tiny).generate(PROMPT, 40)
