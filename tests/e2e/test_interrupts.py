@@ -45,6 +45,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Tes
     net.run("up", "--nodes", 2, "--roles", "main,main", "--hold", "none")
     for name in ("small", "large"):
         net["alice"]("model", "publish", models / name, "--name", name)
+    net["bob"].until("the models", lambda: net["bob"]("status")["models"] == 2)
     yield net
     net.run("down")
 
