@@ -89,10 +89,15 @@ def test_of_publish_keeps_what_was_stored(pair: Testnet, models: Path) -> None:
 def test_of_fetch_keeps_what_came(pair: Testnet) -> None:
     bob = pair["bob"]
     total = next(m for m in bob("model", "list")["models"] if m["name"] == "large")["bytes"]
+    had = bob.call("node.status", {})["stored_bytes"]
     with command(bob, "model", "fetch", "large") as running:
         running.until(b"fetch: ")
+        while bob.call("node.status", {})["stored_bytes"] == had:
+            assert running.process.poll() is None, "it has ended and nothing came"
         _ends_well(running)
-    assert bob("model", "fetch", "large")["bytes"] < total
+    kept = bob.call("node.status", {})["stored_bytes"] - had
+    assert 0 < kept < total
+    assert bob("model", "fetch", "large")["bytes"] <= total - kept
     assert bob("model", "verify", "large")["ok"]
     _answers(bob)
 
