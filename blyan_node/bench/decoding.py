@@ -21,7 +21,7 @@ from blyan_node.bench.rows import Row, alternate, row, seconds
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.config import MoeFeed
 from blyan_node.moe.families import layout
-from blyan_node.moe.kernels.library import load
+from blyan_node.moe.kernels.library import Kernels, load
 from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.pages import pages
 from blyan_node.testing.daemons import Testnet
@@ -120,10 +120,16 @@ def token_weights(model: Path) -> int:
 
 def _reading(size: int) -> Callable[[], float]:
     """How often in a second so many bytes can be read, by one thread that does nothing else."""
-    kernels, memory = load(user_folder()), pages.empty(1, READ_BYTES, torch.uint8).fill_(1)
+    byte_s = reading(load(user_folder()))
+    return lambda: 1 / (size * byte_s())
 
-    def rate() -> float:
+
+def reading(kernels: Kernels) -> Callable[[], float]:
+    """How many s a byte takes to be read, out of memory as weights lie in it."""
+    memory = pages.empty(1, READ_BYTES, torch.uint8).fill_(1)
+
+    def byte_s() -> float:
         kernels.read(memory, READ_BYTES)  # the system may have taken what was idle for a minute
-        return READ_BYTES / size / seconds(lambda: kernels.read(memory, READ_BYTES))
+        return seconds(lambda: kernels.read(memory, READ_BYTES)) / READ_BYTES
 
-    return rate
+    return byte_s

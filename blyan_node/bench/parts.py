@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from blyan_node.bench.decoding import READ_BYTES
+from blyan_node.bench.decoding import reading
 from blyan_node.bench.models import write_model
-from blyan_node.bench.rows import Row, row, seconds
+from blyan_node.bench.rows import Row, row
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.config import GroupedAttention, ModelConfig, MoeFeed
 from blyan_node.moe.contract import Contract
@@ -22,7 +22,6 @@ from blyan_node.moe.here import Here
 from blyan_node.moe.kernels.library import load
 from blyan_node.moe.kernels.objects import user_folder
 from blyan_node.moe.kernels.program import Program
-from blyan_node.moe.pages import pages
 from blyan_node.testing.engine import Engine
 from protocols.precision import PUBLISHED, Precision
 from protocols.tensors.manifest import Dtype
@@ -66,14 +65,15 @@ def measure() -> list[Row]:
 def parts(model: Path, precision: Precision, weight_bytes: int, name: str) -> list[Row]:
     """The rows of one precision."""
     torch.set_num_threads(1)
-    kernels, memory = load(user_folder()), pages.empty(1, READ_BYTES, torch.uint8).fill_(1)
+    kernels = load(user_folder())
+    byte_s = reading(kernels)
     checkpoint = Checkpoint.open(model)
     engine = Engine(checkpoint.config, checkpoint.load, Contract(kernels), precision)
     trunk, here = engine.trunk, Here(engine.config, engine.experts_by_place())
     assert trunk.token is not None
     cache, whole = trunk.new_cache(PROMPT_TOKENS + 2 * TOKENS + 1), trunk.token.program
     by_part, token = Timed(whole), 3
-    taken, reading = [], []
+    taken, read = [], []
     for number in range(PROMPT_TOKENS + 2 * TOKENS):
         trunk.token.program = by_part if number % 2 else whole
         by_part.spent.clear()
@@ -86,11 +86,11 @@ def parts(model: Path, precision: Precision, weight_bytes: int, name: str) -> li
         token = int(logits.argmax())
         if number >= PROMPT_TOKENS:
             taken.append(dict(by_part.spent))
-            reading.append(seconds(lambda: kernels.read(memory, READ_BYTES)) / READ_BYTES)
+            read.append(byte_s())
     medians = {part: statistics.median(one[part] for one in taken[1::2]) for part in taken[1]}
     medians["all"] = statistics.median(one["all"] for one in taken[::2])
     weights = weights_of(checkpoint.config)
-    second = statistics.median(reading) * weight_bytes
+    second = statistics.median(read) * weight_bytes
     return [
         row(
             f"decode-parts {name}, {part}",

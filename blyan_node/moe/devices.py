@@ -24,6 +24,7 @@ from blyan_node.moe import numerics
 from blyan_node.moe.numerics import Plain, Rows, aligned
 from blyan_node.moe.precision import moved
 from blyan_node.moe.stored import TILE_ROWS, Scaled, Weight
+from blyan_node.moe.torch_errors import said
 from protocols.errors import ErrorCode, Refused
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ _WORKSPACE_BYTES = 512 << 20  # of the device's memory for what is computed with
 _MODEL_CHARS, _DIGEST_CHARS = 32, 6  # of a profile's 64
 
 P = ParamSpec("P")
-
-OutOfMemory = torch.OutOfMemoryError  # what is raised by whatever does not fit there any more
 
 
 def find(name: str) -> torch.device | None:
@@ -77,7 +76,7 @@ def trouble(device: torch.device) -> str | None:
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
-        return str(error).partition("\n")[0][:200]
+        return said(error)
     return None
 
 

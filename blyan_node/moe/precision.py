@@ -21,6 +21,7 @@ from blyan_node.moe.layout import FLOATS, SCALE_SUFFIX, SubjectLayout, TensorLay
 from blyan_node.moe.pages import pages
 from blyan_node.moe.stored import TILE_FLOATS, Fp8Blocks, Mxfp4, Scaled, Weight, widened
 from blyan_node.moe.strict_json import refuse
+from blyan_node.moe.torch_errors import OutOfMemory, said
 from blyan_node.moe.weights import Weights, by_role, copied_bytes, load_part, matrices
 from protocols.dag.header import Kind
 from protocols.errors import ErrorCode, Refused
@@ -76,18 +77,18 @@ def hold(
         return held
     try:
         there = {role: moved(weight, device) for role, weight in held.tensors.items()}
-    except torch.OutOfMemoryError as error:
+    except OutOfMemory as error:
         raise Refused(
             ErrorCode.NOT_ALLOWED,
             f"{part.subject} does not fit into the memory of {device}",
-            str(error).splitlines()[0][:200],
+            said(error),
             "Start the node with a smaller --memory, or give it another --device.",
         ) from None
     except TypeError as error:  # so torch says that a device has no such type
         raise Refused(
             ErrorCode.NOT_ALLOWED,
             f"{part.subject} cannot be held on {device}",
-            str(error)[:200],
+            said(error),
             "Start the node with another --precision, or with --device cpu.",
         ) from None
     return replace(held, tensors=there, copied=held.bytes, converted=True)

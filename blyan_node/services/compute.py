@@ -10,8 +10,8 @@ import numpy.typing as npt
 import trio
 
 from blyan_node.moe.arrays import array_of, tensor_of
-from blyan_node.moe.devices import OutOfMemory
 from blyan_node.moe.experts import Expert
+from blyan_node.moe.torch_errors import OutOfMemory, said
 from protocols.errors import ErrorCode, Refused, RemoteProtocolError
 from protocols.forward.messages import PROTOCOL, Activate, Activated
 from protocols.ids import BlockId
@@ -55,7 +55,7 @@ def refused_if_full() -> Iterator[None]:
         raise Refused(
             ErrorCode.BUSY,
             "the device has no memory left for this",
-            str(error).partition("\n")[0][:200],
+            said(error),
             "Try again later, or start the node with a smaller --memory.",
         ) from None
 

@@ -6,13 +6,14 @@ stay afterwards, for as long as nothing else needs the memory. With a trunk go i
 of converted parts go as soon as it is loaded.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from blyan_node.moe.families import layout
+from blyan_node.moe.layout import SubjectLayout
 from blyan_node.moe.precision import part_bytes
 from blyan_node.moe.strict_json import refuse
 from blyan_node.moe.trunk import Trunk
@@ -75,9 +76,9 @@ class Trunks:
             fetched = 0
             loaded = self._loaded.pop(key, None)
             if loaded is None:
-                _check_whole(description, heads)
+                layouts = _trunk_of(description, heads)
                 fetched = await self.supply.ensure(parts.values(), progress)
-                loaded = Loaded(await self._load(description, parts, precision))
+                loaded = Loaded(await self._load(description, layouts, parts, precision))
             self._loaded[key] = loaded
             loaded.users += 1
         try:
@@ -87,12 +88,16 @@ class Trunks:
             self._let_idle_go(0, idle_trunks_max)
             await self._clear()
 
-    async def _load(self, description: Description, parts: Parts, precision: Precision) -> Trunk:
+    async def _load(
+        self,
+        description: Description,
+        layouts: Sequence[SubjectLayout],
+        parts: Parts,
+        precision: Precision,
+    ) -> Trunk:
         memory, blocks = self.holding.memory, frozenset(parts.values())
         size = sum(
-            part_bytes(part, self.store.body(parts[part.subject])[1], precision)
-            for part in layout(description.config)
-            if part.kind is not Kind.EXPERT
+            part_bytes(part, self.store.body(parts[part.subject])[1], precision) for part in layouts
         )
         if not memory.make_room(size, Sort.PLACED):
             raise self._no_room(description, size)
@@ -163,11 +168,17 @@ class Trunks:
                 await trio.to_thread.run_sync(clear, limiter=self._limiter)
 
 
-def _check_whole(description: Description, heads: Parts) -> None:
-    """Raises `Refused` (BAD_MODEL) if the configuration asks for a part that nobody published."""
-    for part in layout(description.config):
+def _trunk_of(description: Description, heads: Parts) -> Sequence[SubjectLayout]:
+    """The parts of a trunk.
+
+    Raises `Refused` (BAD_MODEL) if the configuration asks for a part that nobody published, be it
+    of the trunk or an expert.
+    """
+    every = layout(description.config)
+    for part in every:
         if part.subject not in heads:
             refuse(
                 f"{description.name} has no {part.subject}, and its config.json asks for one",
                 subject=part.subject,
             )
+    return [part for part in every if part.kind is not Kind.EXPERT]

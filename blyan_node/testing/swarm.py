@@ -144,6 +144,13 @@ class SwarmNode:
         self.network.kill()
         self._scope.cancel()
 
+    async def sees(self, holders: int) -> None:
+        """Waits until this node knows so many holders, of all experts together."""
+        directory = self.adverts.directory
+        with trio.fail_after(30):
+            while sum(len(peers) for _, peers in directory.experts()) != holders:
+                await self.adverts.changes.wait()
+
     async def publish(self, path: Path, name: str) -> Published:
         """Publishes a checkpoint here, and gives its blocks to every node."""
         author = Author(self.store, self.identity, NETWORK, lambda: NOW_MS)

@@ -3,7 +3,7 @@
 import gc
 import mmap
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,11 +116,8 @@ def test_threads_take_and_free_at_once() -> None:
             if not bool((one == value).all()) or not bool((other == value + 1).all()):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
     gc.collect()
     assert not wrong and pages.mapped == 0
 

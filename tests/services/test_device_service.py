@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import trio
 
 from blyan_node.app import room_for_weights
 from blyan_node.config import make_config
@@ -50,9 +49,7 @@ async def test_only_nodes_with_the_device_compute_for_each_other(tmp_path: Path)
         published = await alice.publish(path, "tiny")
         for node, subjects in ((bob, ALL[::2]), (carol, ALL[1::2]), (dave, ALL)):
             await node.hold(published.model, subjects)
-        with trio.fail_after(30):
-            while sum(len(peers) for _, peers in alice.adverts.directory.experts()) < 36:
-                await alice.adverts.changes.wait()
+        await alice.sees(36)
         request = GenerateRequest(model="tiny", prompt_ids=PROMPT, max_tokens=8, ignore_eos=True)
         result = await alice.generation.generate(request, _nobody)
         checkpoint = Checkpoint.open(path)
@@ -94,9 +91,7 @@ async def test_a_worker_whose_device_is_full_leaves_a_request_to_others(
         published = await alice.publish(path, "tiny")
         for node in workers:
             await node.hold(published.model, ALL)
-        with trio.fail_after(30):
-            while sum(len(peers) for _, peers in alice.adverts.directory.experts()) < 36:
-                await alice.adverts.changes.wait()
+        await alice.sees(36)
         monkeypatch.setattr("blyan_node.services.serving.apply_expert", _Full(1, apply_expert))
         request = GenerateRequest(model="tiny", prompt_ids=PROMPT, max_tokens=4, ignore_eos=True)
         result = await alice.generation.generate(request, _nobody)

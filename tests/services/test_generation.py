@@ -65,16 +65,6 @@ class Told:
             swarm.nodes[name] for name in ("alice", "bob", "carol", "dave")
         )
 
-    async def seen(self, count: int) -> None:
-        """Until alice knows `count` holders in all."""
-
-        def known() -> int:
-            return sum(len(peers) for _, peers in self.alice.adverts.directory.experts())
-
-        with trio.fail_after(30):
-            while known() != count:
-                await self.alice.adverts.changes.wait()
-
 
 @asynccontextmanager
 async def story(path: Path, tmp_path: Path, holds: dict[str, list[str]]) -> AsyncIterator[Told]:
@@ -87,7 +77,7 @@ async def story(path: Path, tmp_path: Path, holds: dict[str, list[str]]) -> Asyn
         told = Told(swarm, published.model)
         for name, subjects in holds.items():
             await swarm.nodes[name].hold(published.model, subjects)
-        await told.seen(sum(map(len, holds.values())))
+        await told.alice.sees(sum(map(len, holds.values())))
         yield told
 
 

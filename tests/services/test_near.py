@@ -58,9 +58,7 @@ async def _swarm_of_two(swarm: Swarm, path: Path, here: list[str], there: list[s
     model = (await alice.publish(path, "tiny")).model
     await alice.hold(model, here)
     await bob.hold(model, there)
-    with trio.fail_after(30):
-        while sum(len(peers) for _, peers in alice.adverts.directory.experts()) < len(there):
-            await alice.adverts.changes.wait()
+    await alice.sees(len(here) + len(there))
     return model
 
 

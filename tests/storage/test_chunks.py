@@ -2,8 +2,8 @@
 
 import os
 import random
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -280,11 +280,8 @@ def test_packs_are_made_and_dropped_by_many_at_once(make_store) -> None:
             if bytes(data[:CHUNK]) != one.chunks[0][1]:
                 wrong.append(str(one.id))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
     assert not wrong
     for one in made:
         store.packs.drop(one.id)

@@ -28,7 +28,6 @@ _CHUNK = 128 * 16
 # which a processor foresees, and are finished together.
 _SHAPES = ((4, 2), (1, 4))
 _UNROLLED = 4  # blocks at a time, of one row
-_BITS_OF_START = 0x4338_0000_0000_0000  # of 1.5 · 2^52 as a float64
 
 
 def product(module: ir.Module, storage: Storage, target: Target, apart: ir.Function) -> ir.Function:
@@ -86,22 +85,11 @@ class _Totals:
     powers: list[ir.Value]
 
     def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
-        """The sums of one row's pairs, rounded once."""
-        if len(columns) == 4:
-            lanes = _four(b, [self._lanes(b, row, column) for column in columns])
-            return b.fmul(lanes, emit.broadcast(b, self.powers[row], 4))
-        found = ir.Constant(vector(FLOAT, len(columns)), ir.Undefined)
-        for lane, column in enumerate(columns):
-            lanes = self._lanes(b, row, column)
-            one, *others = (b.extract_element(lanes, constant(I32, n)) for n in range(4))
-            for other in others:
-                one = b.add(one, other)
-            value = b.fmul(b.sitofp(one, FLOAT), self.powers[row])
-            found = b.insert_element(found, value, constant(I32, lane))
-        return found
-
-    def _lanes(self, b: ir.IRBuilder, row: int, column: int) -> ir.Value:
-        return b.load(self.slots[row][column], typ=vector(I64, 4))
+        """The sums of one row's pairs, at most four, rounded once."""
+        lanes = [b.load(self.slots[row][column], typ=vector(I64, 4)) for column in columns]
+        four = _four(b, [*lanes, *lanes[-1:] * (4 - len(lanes))])
+        found = emit.pick(b, four, four, range(len(columns)))
+        return b.fmul(found, emit.broadcast(b, self.powers[row], len(columns)))
 
 
 def _four(b: ir.IRBuilder, sums: Sequence[ir.Value]) -> ir.Value:
@@ -115,9 +103,9 @@ def _four(b: ir.IRBuilder, sums: Sequence[ir.Value]) -> ir.Value:
 
     first, last = (add(sums[n], sums[n + 1], (0, 4, 2, 6), (1, 5, 3, 7)) for n in (0, 2))
     total = add(first, last, (0, 1, 4, 5), (2, 3, 6, 7))
-    wide, start = vector(DOUBLE, 4), 1.5 * 2.0**52
-    moved = b.bitcast(b.add(total, constant(total.type, _BITS_OF_START)), wide)
-    return b.fptrunc(b.fsub(moved, constant(wide, start)), vector(FLOAT, 4))
+    start = constant(vector(DOUBLE, 4), 1.5 * 2.0**52)
+    moved = b.bitcast(b.add(total, b.bitcast(start, total.type)), start.type)
+    return b.fptrunc(b.fsub(moved, start), vector(FLOAT, 4))
 
 
 def _tile(
@@ -135,17 +123,12 @@ def _tile(
     xs = [emit.at(b, numbers, b.mul(stride, emit.word(row))) for row in range(rows)]
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
     factors = [emit.load(b, FLOAT, powers, 4 * row) for row in range(rows)]
-    wide = vector(I64, 4)
-    apart = [[emit.slot(b, wide) for _ in range(columns)] for _ in xs]
     with emit.counting(b, last, columns, first) as column:
-        weights = rows_of(b, matrix, "weights", column, columns)
-        for group in [[n] for n in range(columns)] if rows == 1 else [range(columns)]:
-            chosen = [weights[n] for n in group]
-            slots = _sums(b, target, field(b, matrix, "depth"), xs, chosen)
-            for found, kept in zip(slots, apart, strict=True):
-                for n, slot in zip(group, found, strict=True):
-                    b.store(b.load(slot, typ=wide), kept[n])
-        finish(b, storage, matrix, _Totals(apart, factors), ys, (column, columns))
+        depth, weights = field(b, matrix, "depth"), rows_of(b, matrix, "weights", column, columns)
+        streams = [[weight] for weight in weights] if rows == 1 else [weights]
+        parts = [_sums(b, target, depth, xs, stream) for stream in streams]
+        slots = [[slot for part in parts for slot in part[row]] for row in range(rows)]
+        finish(b, storage, matrix, _Totals(slots, factors), ys, (column, columns))
     b.ret_void()
     return b.function
 

@@ -4,8 +4,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -215,11 +215,8 @@ def test_threads_that_call_at_once_do_not_meet(every_kernels: list[Kernels]) -> 
             if not torch.equal(kernels.linear(x[rows], matrix), expected[rows]):
                 wrong.append(seed)
 
-    callers = [threading.Thread(target=caller, args=(seed,)) for seed in range(8)]
-    for thread in callers:
-        thread.start()
-    for thread in callers:
-        thread.join()
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(caller, range(8)))
     assert wrong == []
 
 

@@ -1,7 +1,7 @@
 """Recordings: the bits of calls, whoever calls at once, and nothing of the last row in them."""
 
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,11 +90,8 @@ def test_threads_that_call_at_once_do_not_meet(kernels: Kernels) -> None:
             if not _same(found, expected):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(call, range(4)))
     assert not wrong
 
 
