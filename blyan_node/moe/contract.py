@@ -85,7 +85,8 @@ class ContractProduct:
         self._bias = bias = None if bias is None else bias.float().contiguous()
         if isinstance(weight, Mxfp4):
             blocks, scales = weight.blocks, weight.scales
-            self._matrix = Matrix("mxfp4", weight.shape, blocks, block_scales=scales, biases=bias)
+            name = "mxfp4_whole" if weight.whole_rows else "mxfp4"
+            self._matrix = Matrix(name, weight.shape, blocks, block_scales=scales, biases=bias)
         elif isinstance(weight, Fp8Blocks):
             codes, scales = weight.codes, weight.scales
             self._matrix = Matrix(

@@ -73,6 +73,8 @@ def hold(
     to a `device`, which is refused (NOT_ALLOWED) if that has no room or not the type.
     """
     held = _hold(part, given, precision, aligned_bytes)
+    if effective(precision) == "int8":  # is for the sake of whole numbers, which MXFP4 is as well
+        held = replace(held, tensors={r: _by_whole_rows(one) for r, one in held.tensors.items()})
     if device is None:
         return held
     try:
@@ -92,6 +94,13 @@ def hold(
             "Start the node with another --precision, or with --device cpu.",
         ) from None
     return replace(held, tensors=there, copied=held.bytes, converted=True)
+
+
+def _by_whole_rows(weight: Weight) -> Weight:
+    """The same weight, MXFP4 as it is multiplied by rows of whole numbers."""
+    if isinstance(weight, Mxfp4):
+        return Mxfp4(weight.blocks, weight.scales, whole_rows=True)
+    return weight
 
 
 def moved(weight: Weight, device: torch.device) -> Weight:

@@ -7,7 +7,7 @@ from protocols.precision import PUBLISHED, Precision, effective
 
 
 def profile(arithmetic: str, precision: Precision = PUBLISHED, device: str = "cpu") -> str:
-    """For example `cpu-sums2-published`: device, arithmetic (its `name`), precision of weights."""
+    """For example `cpu-sums3-published`: device, arithmetic (its `name`), precision of weights."""
     text = f"{device}-{arithmetic}-{effective(precision).removeprefix('as-')}"
     assert len(text) <= limits.profile_bytes_max
     return text

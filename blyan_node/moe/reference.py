@@ -27,7 +27,7 @@ from blyan_node.moe.precision import hold
 from blyan_node.moe.rope import RopeTable
 from blyan_node.moe.routing import route
 from blyan_node.moe.sampling import Sampler
-from blyan_node.moe.stored import Scaled, Weight, widened
+from blyan_node.moe.stored import Mxfp4, Scaled, Weight, widened
 from blyan_node.moe.weights import ReadWeights
 from protocols.dag.header import Kind
 from protocols.precision import PUBLISHED, Precision
@@ -109,8 +109,11 @@ class _Session:
         )
         if scales is None:
             return self.linear(x, part[role], bias)
-        if part[role].dtype == torch.int8:  # whole numbers have sums of their own
+        # Whole numbers have sums of their own.
+        if part[role].dtype == torch.int8:
             return self.rules.product(Scaled(part[role], scales), bias)(x)
+        if part[role].dtype == torch.uint8:
+            return self.rules.product(Mxfp4(part[role], scales, whole_rows=True), bias)(x)
         out = self.linear(x, part[role]) * scales
         return out if bias is None else out + bias
 
@@ -235,11 +238,13 @@ class _Session:
 def _floats(held: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Everything in float32; a matrix with scales becomes its codes, and the scales beside it.
 
-    Codes of int8 stay what they are.
+    Codes of int8 stay what they are, and MXFP4 that is multiplied by whole rows.
     """
     floats = {}
     for role, weight in held.items():
-        if isinstance(weight, Scaled):
+        if isinstance(weight, Mxfp4) and weight.whole_rows:
+            floats[role], floats[_scales(role)] = weight.blocks, weight.scales
+        elif isinstance(weight, Scaled):
             whole = weight.codes.dtype == torch.int8
             floats[role] = weight.codes if whole else weight.codes.float()
             floats[_scales(role)] = weight.scales

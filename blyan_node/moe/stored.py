@@ -32,10 +32,11 @@ class Mxfp4:
     """A matrix [out, in] of 4-bit floats, 32 of a row with one power of two (OCP MX v1.0: E2M1).
 
     `blocks` is uint8 [out, in / 32, 16], the even value in the low nibble; `scales` is uint8
-    [out, in / 32], each an exponent plus 127.
+    [out, in / 32], each an exponent plus 127. Where `whole_rows`, kernels make whole numbers of the
+    rows that they multiply (docs/sums.md).
     """
 
-    def __init__(self, blocks: Tensor, scales: Tensor) -> None:
+    def __init__(self, blocks: Tensor, scales: Tensor, *, whole_rows: bool = False) -> None:
         """Raises `Refused` (BAD_MODEL) for a scale that float32 cannot compute with."""
         assert blocks.shape == (*scales.shape, BLOCK // 2)
         if scales.numel() and int(scales.max()) > SCALE_MAX:
@@ -43,6 +44,7 @@ class Mxfp4:
         self.blocks = blocks
         self.scales = scales
         self.shape = (scales.shape[0], scales.shape[1] * BLOCK)
+        self.whole_rows = whole_rows
 
     def widen(self, first: int, last: int, out: Tensor) -> None:
         """Writes the rows [first, last) into `out`, contiguous float32 [last - first, in]."""

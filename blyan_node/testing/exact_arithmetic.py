@@ -1,12 +1,14 @@
 """The arithmetic of docs/sums.md without any kernel: what whole models are held against."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from blyan_node.moe.kernels.order import CONTRACT
 from blyan_node.moe.numerics import Rows
-from blyan_node.moe.stored import Scaled, Weight, widened
+from blyan_node.moe.stored import Mxfp4, Scaled, Weight, widened
 from blyan_node.testing import exact_sums
 from blyan_node.testing.exact_sums import Floats
 
@@ -90,19 +92,26 @@ class Exact:
 
 
 class ExactProduct:
-    """A matrix in float32 values, or its codes and scales, and its bias."""
+    """A matrix in float32 values, or its numbers and scales, and its bias."""
 
     def __init__(self, weight: Weight, bias: Tensor | None) -> None:
-        self._scales = _array(weight.scales) if isinstance(weight, Scaled) else None
-        values = weight.codes.float() if isinstance(weight, Scaled) else widened(weight)
-        self._whole = isinstance(weight, Scaled) and weight.codes.dtype == torch.int8
+        self._rule: dict[str, Any] = {}
+        if isinstance(weight, Mxfp4) and weight.whole_rows:
+            values = widened(Mxfp4(weight.blocks, torch.full_like(weight.scales, 127)))
+            self._rule["block_scales"] = weight.scales.contiguous().numpy()
+        elif isinstance(weight, Scaled):
+            values = weight.codes.float()
+            self._rule |= {
+                "scales": _array(weight.scales),
+                "whole": weight.codes.dtype == torch.int8,
+            }
+        else:
+            values = widened(weight)
         self._values = values.contiguous().numpy()
         self._biases = None if bias is None else _array(bias)
         self.outs = weight.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows x [n, depth] times the matrix, transposed, plus its bias: float32 [n, outs]."""
-        scales, biases = self._scales, self._biases
-        given, whole = (_array(x), self._values), self._whole
-        found = exact_sums.products(*given, whole=whole, scales=scales, biases=biases)
+        found = exact_sums.products(_array(x), self._values, biases=self._biases, **self._rule)
         return torch.from_numpy(found)

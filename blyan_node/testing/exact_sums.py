@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
 Broken = Literal["order", "tree", "padding", "fused", "partial sums"]
 
 
@@ -42,13 +43,18 @@ def dots(x: Floats, w: Floats, broken: Broken | None = None) -> Floats:
         with np.errstate(all="ignore"):
             fused = broken != "fused"
             sums = fma(left, right, sums) if fused else sums + left * right
-    while (half := sums.shape[2] // 2) > 0:
+    return _added_up(sums, broken)
+
+
+def _added_up(sums: Floats, broken: Broken | None = None) -> Floats:
+    """Partial sums [..., lanes] as one."""
+    while (half := sums.shape[-1] // 2) > 0:
         with np.errstate(all="ignore"):
             if broken == "tree":
-                sums = sums[:, :, ::2] + sums[:, :, 1::2]
+                sums = sums[..., ::2] + sums[..., 1::2]
             else:
-                sums = sums[:, :, :half] + sums[:, :, half:]
-    return sums[:, :, 0]
+                sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
 
 
 def whole_dots(x: Floats, w: Floats) -> Floats:
@@ -65,11 +71,40 @@ def whole_dots(x: Floats, w: Floats) -> Floats:
     return np.stack(rows)
 
 
+def block_dots(x: Floats, w: Floats, scales: Bytes) -> Floats:
+    """The same for weights of MXFP4: numbers w [outs, depth], scales [outs, depth / 32]."""
+    with np.errstate(all="ignore"):
+        factors = np.ldexp(1.0, scales.astype(int) - 127).astype(np.float32)
+        factors[scales == 255] = np.float32("nan")
+        values = w * factors.repeat(32, 1)
+    rows = []
+    for row in x:
+        if not (np.abs(row) <= 2.0**20).all() or row.size > 1 << 16:
+            rows.append(dots(row[None], values)[0])
+            continue
+        blocks = row.astype(np.float64).reshape(-1, 32)
+        largest = np.maximum(np.abs(blocks).max(1), 2.0**-100)
+        powers = np.ldexp(1.0, np.frexp(largest)[1] - 15)
+        numbers = np.minimum(np.rint(blocks / powers[:, None]), 32767).astype(np.int64)
+        eights = (numbers.reshape(-1) * (512 * w).astype(np.int64)).reshape(w.shape[0], -1, 8)
+        totals = eights.sum(2).astype(np.float32)
+        with np.errstate(all="ignore"):
+            units = (factors * (powers / 512).astype(np.float32)).repeat(4, 1)
+            sums = np.zeros((w.shape[0], 16), np.float32)
+            for first in range(0, totals.shape[1], 16):
+                some = slice(first, min(first + 16, totals.shape[1]))
+                here = slice(0, some.stop - first)
+                sums[:, here] = fma(totals[:, some], units[:, some], sums[:, here])
+        rows.append(_added_up(sums))
+    return np.stack(rows)
+
+
 def products(
     x: Floats,
     w: Floats,
     *,
     whole: bool = False,
+    block_scales: Bytes | None = None,
     unit: float = 1.0,
     scales: Floats | None = None,
     biases: Floats | None = None,
@@ -77,10 +112,15 @@ def products(
 ) -> Floats:
     """x times w transposed, scaled, for weights of the values w [outs, depth].
 
-    `whole` are those that are stored as whole numbers.
+    `whole` are those that are stored as whole numbers. With `block_scales` it is MXFP4, and w are
+    the numbers without them.
     """
+    if block_scales is not None:
+        y = block_dots(x, w, block_scales)
+    else:
+        y = whole_dots(x, w) if whole else dots(x, w, broken)
     with np.errstate(all="ignore"):
-        y = (whole_dots(x, w) if whole else dots(x, w, broken)) * np.float32(unit)
+        y = y * np.float32(unit)
         y = y * (np.float32(1) if scales is None else scales)
         y = y + (np.float32(-0.0) if biases is None else biases)
     return one_nan(y)

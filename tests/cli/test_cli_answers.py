@@ -46,7 +46,7 @@ STATUS = StatusResult(
     held=Held(experts=2, bytes=2048),
     stored_bytes=3 * 2**20,
     syncing=Syncing(have=10, want=20, eta_s=2.5),
-    profile="cpu-sums2-int8",
+    profile="cpu-sums3-int8",
     precision="int8",
 )
 STATS = GenerateStats(
@@ -78,7 +78,7 @@ def _answer(finish: str = "length") -> GenerateResult:
         sampling=SAMPLING,
         trace={"layer0.expert1": TraceEntry(block="bafkrei", peers={"12D3bob": 2})},
         stats=STATS,
-        profile="cpu-sums2-int8",
+        profile="cpu-sums3-int8",
     )
 
 

@@ -46,7 +46,7 @@ def said(
             max_gap_s=0.1, remote_calls=4, bytes_sent=1, bytes_received=2, retries=0,
             fetched_bytes=0,
         ),
-        profile="cpu-sums2-published",
+        profile="cpu-sums3-published",
         reasoning=reasoning,
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ def test_every_node_has_another_target(tmp_path: Path, family: str) -> None:
     with _swarm(tmp_path, kernels, holds) as (alice, bob, carol, dave):
         profiles = {node.name: node("status")["profile"] for node in (alice, bob, carol, dave)}
         assert profiles["alice"] == profiles["bob"] == profiles["carol"]
-        assert "sums2" in profiles["alice"] and "torch" in profiles["dave"]
+        assert "sums3" in profiles["alice"] and "torch" in profiles["dave"]
 
         alice("model", "publish", path, "--name", "tiny")
         for node, held in ((bob, halves[0]), (carol, halves[1]), (dave, every)):

@@ -15,6 +15,7 @@ from blyan_node.moe.layout import attention_part
 from blyan_node.moe.numerics import Plain
 from blyan_node.moe.precision import expert_bytes, hold, part_bytes
 from blyan_node.moe.profile import Profiles, profile
+from blyan_node.moe.stored import Mxfp4
 from blyan_node.moe.trunk import Trunk
 from blyan_node.testing.arithmetic import best
 from blyan_node.testing.engine import Engine
@@ -143,20 +144,19 @@ def test_mxfp4_is_narrower_than_anything_that_can_be_asked_for(
     tmp_path: Path,
 ) -> None:
     checkpoint = Checkpoint.open(make_mxfp4_checkpoint(tmp_path / "packed"))
+    subject = Subject("layer0.expert0")
+    given = checkpoint.load(subject)
+    part = expert_layout(checkpoint.config, subject, given)
     for precision in PRECISIONS:
-        expert = Expert(
-            checkpoint.config,
-            Subject("layer0.expert0"),
-            checkpoint.load(Subject("layer0.expert0")),
-            best(),
-            precision,
-        )
+        expert = Expert(checkpoint.config, subject, given, best(), precision)
         assert (expert.storage, expert.converted, expert.copied) == ("mxfp4", False, 0)
+        down = hold(part, given, precision).tensors["down"]
+        assert isinstance(down, Mxfp4) and down.whole_rows == (precision == "int8")
 
 
 def test_the_profile_names_what_is_held() -> None:
-    assert profile("sums2", "int8") == "cpu-sums2-int8"
-    assert profile("sums2") == profile("sums2", "float32") == "cpu-sums2-published"
-    mine = Profiles("sums2", "fp8")
-    assert (mine.own, mine.of("as-published")) == ("cpu-sums2-fp8", "cpu-sums2-published")
-    assert len({profile("sums2", one) for one in PRECISIONS}) == len(PRECISIONS) - 1
+    assert profile("sums3", "int8") == "cpu-sums3-int8"
+    assert profile("sums3") == profile("sums3", "float32") == "cpu-sums3-published"
+    mine = Profiles("sums3", "fp8")
+    assert (mine.own, mine.of("as-published")) == ("cpu-sums3-fp8", "cpu-sums3-published")
+    assert len({profile("sums3", one) for one in PRECISIONS}) == len(PRECISIONS) - 1

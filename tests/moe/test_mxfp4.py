@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from blyan_node.moe import stored
+from blyan_node.moe.arithmetic import Arithmetic
 from blyan_node.moe.checkpoint import Checkpoint
 from blyan_node.moe.config import MoeFeed
 from blyan_node.moe.experts import Expert
 from blyan_node.moe.export import write_checkpoint
 from blyan_node.moe.families import parse_config, sources
+from blyan_node.moe.kernels.order import CONTRACT
+from blyan_node.moe.numerics import Plain
 from blyan_node.moe.reference import Reference
 from blyan_node.testing.arithmetic import best
 from blyan_node.testing.engine import Engine
+from blyan_node.testing.exact_arithmetic import Exact
 from blyan_node.testing.mxfp4 import dequantised, make_mxfp4_checkpoint, quantise
 from blyan_node.testing.truth import greedy, logits_of
 from protocols.errors import Refused
@@ -65,6 +69,35 @@ def test_what_a_swarm_computes_equals_the_reference(packed: Path) -> None:
     cache, composed = engine.trunk.new_cache(), random.Random(3)
     logits = [engine.forward([(cache, ids)], composed)[0] for ids in (PROMPT[:31], PROMPT[31:])]
     assert torch.equal(torch.cat(logits), expected)
+
+
+@pytest.mark.parametrize("arithmetic", [best(), Plain()], ids=str)
+def test_under_int8_the_same_bytes_are_multiplied_by_whole_rows(
+    packed: Path, truth: Tensor, arithmetic: Arithmetic
+) -> None:
+    checkpoint = Checkpoint.open(packed)
+    rules = Exact() if arithmetic.name == CONTRACT else arithmetic
+    expected, _ = Reference(checkpoint.config, checkpoint.load, rules, "int8").forward(PROMPT[:12])
+    engine = Engine(checkpoint.config, checkpoint.load, arithmetic, "int8")
+    cache, composed = engine.trunk.new_cache(), random.Random(4)
+    logits = [engine.forward([(cache, ids)], composed)[0] for ids in (PROMPT[:1], PROMPT[1:12])]
+    assert torch.equal(torch.cat(logits), expected)
+    assert float((expected[0] - truth[0]).abs().max() / truth[0].abs().max()) < 0.3  # a hot model
+
+
+def test_whole_rows_cost_a_ten_thousandth_of_a_result() -> None:
+    kernels, random_ = best(), torch.Generator().manual_seed(9)
+    if kernels.name != CONTRACT:
+        pytest.skip("torch has no such products")
+    blocks, scales = quantise(torch.randn(1, 96, 2880, generator=random_))
+    x = torch.randn(8, 2880, generator=random_)
+    x[:, ::777] *= 100  # as activations are
+    pair = [
+        kernels.product(stored.Mxfp4(blocks[0], scales[0], whole_rows=whole))(x)
+        for whole in (False, True)
+    ]
+    error = (pair[0] - pair[1]).abs().max() / pair[0].abs().max()
+    assert 0 < error < 1e-4
 
 
 def test_an_expert_is_held_as_it_is_stored(packed: Path) -> None:

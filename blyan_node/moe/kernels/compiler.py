@@ -11,10 +11,12 @@ from llvmlite import ir
 from blyan_node.moe.kernels import (
     attention,
     blocks,
+    blockwise,
     choosing,
     columns,
     emit,
     epilogues,
+    exact,
     reading,
     sequence,
     tile,
@@ -23,6 +25,9 @@ from blyan_node.moe.kernels import (
 )
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import Target
+
+# What is multiplied by whole numbers where a row can be made such.
+WHOLE = {"int8": exact.RULE, "mxfp4_whole": blockwise.RULE}
 
 # No flush to zero, no denormals as zero, round to nearest, no exception traps.
 _FLOAT_RULES = 0x1F80
@@ -34,9 +39,10 @@ def describe(target: Target) -> ir.Module:
     module = ir.Module("kernels")
     module.triple = llvm.get_process_triple()
     for storage in STORAGES.values():
-        if storage.whole:
+        rule = WHOLE.get(storage.name)
+        if rule is not None:
             apart = tile.product(module, replace(storage, name=f"{storage.name}_apart"), target)
-            export(module, whole.product(module, storage, target, apart))
+            export(module, whole.product(module, storage, target, rule, apart))
         else:
             many = blocks.product(module, storage, target)
             export(module, tile.product(module, storage, target, many))

@@ -50,7 +50,8 @@ class Matrix:
     """Weights [outs, depth] of one storage, read where they are: x · weightsᵀ · scales + biases.
 
     `weights` has `outs` rows of `depth` weights, one after another, at any address. mxfp4 has two
-    weights in a byte, the lower four bits first, and `block_scales` with a byte for each 32;
+    weights in a byte, the lower four bits first, and `block_scales` with a byte for each 32, and so
+    has mxfp4_whole, which is multiplied by rows of whole numbers (docs/sums.md);
     fp8_blocks has float32 `block_scales` for each 128 outs by 128 of their weights. Any
     storage may have `scales` and `biases`, float32 [outs]. The buffers are kept alive. By columns,
     float32, bfloat16 or float16 lie as [depth, outs], without scales.

@@ -38,8 +38,7 @@ class Storage:
 
     `scale` points to the block's scale in a storage that has a `grid` of them. `effort` is 0
     for weights that need no work to become float32, 1 for little and 2 for much. Those of
-    checkpoints are also read `by_columns`. Those that are `whole` numbers are multiplied as such
-    (`kernels.whole`) where a row can be. `alone` is a faster form for one row, where a register
+    checkpoints are also read `by_columns`. `alone` is a faster form for one row, where a register
     has 8 lanes: it gives sixteen weights not by index but in the order `deal`. A tile of one row
     walks k by `step`: with fewer products at once no register is put aside.
     Weights are asked for while those `ahead` bytes before them are read: measured, with one row of
@@ -55,7 +54,6 @@ class Storage:
     unit: float = 1.0
     grid: Grid | None = None
     by_columns: bool = False
-    whole: bool = False
     alone: "Storage | None" = None
     deal: Sequence[int] = ()
     step: int = BLOCK
@@ -151,7 +149,7 @@ def _mxfp4(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Par
     even = b.and_(raw, constant(kind, 0x0F))
     odd = b.lshr(raw, constant(kind, 4))
     zero, table = constant(kind, 0), ir.Constant(kind, _E2M1)
-    power = emit.broadcast(b, _power_of_two(b, scale), lanes)
+    power = _power(b, scale, lanes)
 
     @cache
     def sixteen(number: int) -> ir.Value:
@@ -191,7 +189,7 @@ def _mxfp4_dealt(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) 
     lower, upper = (
         lookup([ir.Constant(kind, table * 2), codes]) for table in (_E2M1_LOWER, _E2M1_UPPER)
     )
-    power = emit.broadcast(b, _power_of_two(b, scale), lanes)
+    power = _power(b, scale, lanes)
 
     @cache
     def sixteen(number: int) -> ir.Value:
@@ -213,14 +211,22 @@ def _upper(b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
     return b.shl(pairs, constant(pairs.type, 16))
 
 
-def _power_of_two(b: ir.IRBuilder, scale: ir.Value) -> ir.Value:
-    """The float32 2^(byte - 127) of an E8M0 byte: 0 gives a denormal, 255 is NaN."""
-    byte = b.zext(emit.load(b, I8, scale), I32)
-    bits = b.shl(byte, constant(I32, 23))
-    least = constant(I32, 1 << 22)  # 2^-127, which is also the bit that makes infinity a NaN
-    bits = b.select(b.icmp_unsigned(">", bits, least), bits, least)
-    nan = b.zext(b.icmp_unsigned("==", byte, constant(I32, 255)), I32)
-    return b.bitcast(b.or_(bits, b.shl(nan, constant(I32, 22))), FLOAT)
+def _power(b: ir.IRBuilder, scale: ir.Value, lanes: int) -> ir.Value:
+    """The power of two of a block, in every lane."""
+    power = powers_of_two(b, emit.load(b, vector(I8, 1), scale))
+    return emit.pick(b, power, power, [0] * lanes)
+
+
+def powers_of_two(b: ir.IRBuilder, scales: ir.Value) -> ir.Value:
+    """The float32 2^(byte - 127) of each E8M0 byte: 0 gives a denormal, 255 is NaN."""
+    lanes = scales.type.count
+    wide = vector(I32, lanes)
+    byte, least = b.zext(scales, wide), constant(wide, 1 << 22)  # 2^-127
+    name = f"llvm.umax.v{lanes}i32"
+    bits = emit.intrinsic(b, name, wide, [b.shl(byte, constant(wide, 23)), least])
+    # 255 is 256 with one more, which makes a NaN of its infinity. A comparison takes longer.
+    nan = b.and_(b.shl(b.add(byte, constant(wide, 1)), constant(wide, 14)), least)
+    return b.bitcast(b.or_(bits, nan), vector(FLOAT, lanes))
 
 
 _MXFP4_ALONE = Storage(
@@ -234,9 +240,10 @@ STORAGES = {
         Storage("float32", 32, _float32, 0, by_columns=True, streamed=3072),
         Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, step=16),
         Storage("float16", 16, _float16, 1, by_columns=True, step=16),
-        Storage("int8", 8, _int8, 1, whole=True),
+        Storage("int8", 8, _int8, 1),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
         Storage("fp8_blocks", 8, _fp8_blocks, 2, grid=Grid(128, 128, 4)),
         Storage("mxfp4", 4, _mxfp4, 2, grid=Grid(1, 32, 1), alone=_MXFP4_ALONE),
+        Storage("mxfp4_whole", 4, _mxfp4, 2, grid=Grid(1, 32, 1)),
     )
 }

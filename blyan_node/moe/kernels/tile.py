@@ -88,7 +88,7 @@ class Sums(Protocol):
 
 
 @dataclass(frozen=True)
-class _Sums:
+class Registers:
     """The stack slots of a tile's partial sums: `slots[row][column][register]`."""
 
     slots: list[list[list[ir.Value]]]
@@ -98,7 +98,8 @@ class _Sums:
     @staticmethod
     def zero(
         b: ir.IRBuilder, rows: int, columns: int, lanes: int, deal: Sequence[int] = ()
-    ) -> "_Sums":
+    ) -> "Registers":
+        """Sums of nothing."""
         kind = emit.vector(FLOAT, lanes)
         zero = emit.constant(kind, 0.0)
         count = order.PARTIAL_SUMS // lanes
@@ -106,7 +107,7 @@ class _Sums:
             [[emit.slot(b, kind, zero) for _ in range(count)] for _ in range(columns)]
             for _ in range(rows)
         ]
-        return _Sums(slots, lanes, deal)
+        return Registers(slots, lanes, deal)
 
     def add_block(
         self,
@@ -154,7 +155,7 @@ def _tile(
     xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
     weights = rows_of(b, matrix, "weights", column, columns)
     scales = scales_of(b, storage, matrix, column, columns)
-    sums = _Sums.zero(b, rows, columns, target.lanes, storage.deal)
+    sums = Registers.zero(b, rows, columns, target.lanes, storage.deal)
     ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
     depth = field(b, matrix, "depth")
     k_cell = emit.slot(b, I64, emit.word(0))
@@ -193,7 +194,7 @@ def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:
 def _add_remainder(
     b: ir.IRBuilder,
     storage: Storage,
-    sums: _Sums,
+    sums: Registers,
     xs: Sequence[ir.Value],
     weights: Sequence[tuple[ir.Value, ir.Value]],
     span: tuple[ir.Value, ir.Value],
@@ -226,7 +227,7 @@ def _remainder(module: ir.Module, name: str, storage: Storage, lanes: int) -> ir
     """
     pointers = ((argument, POINTER) for argument in ("place", "x", "weight", "scale"))
     b, (place, x, weight, scale, left) = emit.define(module, name, (*pointers, ("left", I64)))
-    sums, kind = _Sums.zero(b, 1, 1, lanes), emit.vector(FLOAT, lanes)
+    sums, kind = Registers.zero(b, 1, 1, lanes), emit.vector(FLOAT, lanes)
     ((registers,),) = sums.slots
     for number, register in enumerate(registers):
         b.store(emit.load(b, kind, place, 4 * lanes * number), register)

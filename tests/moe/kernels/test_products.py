@@ -16,8 +16,17 @@ from blyan_node.moe.kernels.library import LINEAR, Kernels
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.storages import STORAGES
 from blyan_node.moe.kernels.targets import runnable
-from blyan_node.testing.exact_sums import Broken, Floats, dots, products, whole_dots
+from blyan_node.testing.exact_sums import (
+    Broken,
+    Floats,
+    block_dots,
+    dots,
+    one_nan,
+    products,
+    whole_dots,
+)
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 95, 288]
 LONGEST_STREAM = STORAGES["float32"].streamed
 
@@ -199,3 +208,44 @@ def test_the_rule_for_whole_numbers_is_the_one_of_the_page() -> None:
         x = random.standard_normal((1, 45)).astype(np.float32) * np.float32(size)
         expected = [page["whole_dot"](x[0].tolist(), row.astype(int).tolist()) for row in codes]
         assert _same(whole_dots(x, codes)[0], np.array(expected, np.float32))
+
+
+# The largest value of a block: zero, below the least power, at it, the greatest and above.
+OF_BLOCKS = [0.0, 2.0**-149, 2.0**-100, 2.0**20, 2.0**20 * (1 + 2.0**-23), 1e30]
+
+
+@pytest.mark.parametrize("depth", [32, 64, 96, 128, 288, 320, 2880, 65536, 65568])
+def test_rows_of_mxfp4_have_the_bits_of_their_rule(kernels: Kernels, depth: int) -> None:
+    """Whole numbers where a row can be made so, whatever the rows beside it are."""
+    random = np.random.default_rng(depth)
+    codes = random.integers(0, 256, (7, depth // 2), np.uint8)
+    codes[3] = 0xFF  # -6
+    scales = random.integers(90, 160, (7, depth // 32), np.uint8)
+    matrix = Matrix("mxfp4_whole", (7, depth), codes, block_scales=scales)
+    x = np.concatenate([_rows(random, 1, depth) for _ in range(9 + len(OF_BLOCKS))])
+    x[1, -1], x[2, 0], x[3] = np.inf, np.nan, 0.0
+    x[4] = np.float32(1.99999988)  # rounds to 2^15, which is one too many
+    x[5] = np.float32(-1.99999988)
+    x[6] *= np.exp(5 * random.standard_normal((depth // 32, 1))).repeat(32, 1).ravel()
+    for row, largest in zip(x[9:], OF_BLOCKS, strict=True):
+        row[-32:] *= np.float32(largest) / np.abs(row[-32:]).max()
+        row[-1] = largest
+    given = E2M1[np.stack([codes & 15, codes >> 4], -1).reshape(7, depth)]
+    expected = products(x, given, block_scales=scales)
+    for first in range(len(x)):
+        for rows in (1, 2, 3, 4, 7):
+            found = kernels.linear(torch.from_numpy(x[first : first + rows]), matrix).numpy()
+            assert _same(found, expected[first : first + rows]), (first, rows)
+
+
+def test_the_rule_for_blocks_is_the_one_of_the_page() -> None:
+    page, random = _page(), np.random.default_rng(6)
+    numbers = E2M1[random.integers(0, 16, (3, 160))]
+    for wild in (False, True):
+        scales = random.integers(0 if wild else 100, 256 if wild else 150, (3, 5)).astype(np.uint8)
+        for size in (1e-33, 1e-3, 1.0, 1e4, 1e7, 1e31):
+            x = random.standard_normal((1, 160)).astype(np.float32) * np.float32(size)
+            pairs = zip(numbers.tolist(), scales.tolist(), strict=True)
+            expected = np.array([page["block_dot"](x[0].tolist(), *pair) for pair in pairs])
+            found = one_nan(block_dots(x, numbers, scales)[0])
+            assert _same(found, one_nan(expected.astype(np.float32)))

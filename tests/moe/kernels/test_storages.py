@@ -3,8 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,18 @@ class Case:
     values: Floats
     scales: Floats
     biases: Floats
+    rule: dict[str, Any]  # of their products
 
     def expected(self, x: Floats) -> Floats:
-        storage, scaled = self.matrix.storage, {"scales": self.scales, "biases": self.biases}
-        return products(x, self.values, whole=storage.whole, unit=storage.unit, **scaled)
+        return products(x, self.values, scales=self.scales, biases=self.biases, **self.rule)
+
+    def only(self, outs: NDArray[np.int64]) -> None:
+        """Expects those outputs and no others."""
+        self.values, self.scales, self.biases = (
+            of_all[outs] for of_all in (self.values, self.scales, self.biases)
+        )
+        if "block_scales" in self.rule:
+            self.rule["block_scales"] = self.rule["block_scales"][outs]
 
 
 def _float_values(kind: torch.dtype) -> Callable[[Bytes, Bytes], Floats]:
@@ -68,7 +77,16 @@ VALUES: dict[str, Callable[[Bytes, Bytes], Floats]] = {
     "fp8": _fp8_values,
     "fp8_blocks": _fp8_block_values,
     "mxfp4": _mxfp4_values,
+    "mxfp4_whole": _mxfp4_values,
 }
+
+
+def _exact(name: str, raw: Bytes, scales: Bytes) -> tuple[Floats, dict[str, Any]]:
+    """What `products` takes of a storage: values, and their rule."""
+    rule: dict[str, Any] = {"unit": STORAGES[name].unit, "whole": name == "int8"}
+    if name == "mxfp4_whole":
+        return _mxfp4_values(raw, np.full_like(scales, 127)), rule | {"block_scales": scales}
+    return VALUES[name](raw, scales), rule
 
 
 def _block_scales(
@@ -108,8 +126,8 @@ def _case(name: str, outs: int, depth: int, seed: int, *, every_code: bool) -> C
         scales=channel[0],
         biases=channel[1],
     )
-    values = VALUES[name](raw, raw if scales is None else scales)
-    return Case(matrix, values, channel[0], channel[1])
+    values, rule = _exact(name, raw, raw if scales is None else scales)
+    return Case(matrix, values, channel[0], channel[1], rule)
 
 
 def _x(rows: int, depth: int, seed: int) -> Floats:
@@ -125,7 +143,7 @@ def _differing(a: Floats, b: Floats) -> int:
 @pytest.mark.parametrize("every_code", [False, True])
 @pytest.mark.parametrize("name", STORAGES)
 def test_values_and_sums(kernels: Kernels, name: str, every_code: bool) -> None:
-    for depth in (32, 288) if name == "mxfp4" else (1, 31, 33, 64, 271):
+    for depth in (32, 64, 96, 192, 288, 320) if name.startswith("mxfp4") else (1, 31, 33, 64, 271):
         case = _case(name, 9, depth, depth, every_code=every_code)
         x = _x(7, depth, depth)
         expected = case.expected(x)
@@ -134,14 +152,14 @@ def test_values_and_sums(kernels: Kernels, name: str, every_code: bool) -> None:
             assert _differing(found, expected[:rows]) == 0, (depth, rows)
 
 
-@pytest.mark.parametrize("name", ["fp8", "mxfp4", "int8", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "mxfp4_whole", "int8", "bfloat16", "float16"])
 def test_every_code_alone(kernels: Kernels, name: str) -> None:
     """Each code, with each scale byte of mxfp4, once: y = 1 · w."""
-    storage = STORAGES[name]
+    storage, packed = STORAGES[name], name.startswith("mxfp4")
     codes = np.arange(
         1 << max(8, storage.bits), dtype=np.uint16 if storage.bits == 16 else np.uint8
     )
-    if name == "mxfp4":
+    if packed:
         scales = np.arange(256, dtype=np.uint8)[:, None]
         raw = np.zeros((256, 16), np.uint8)
         raw[:, 0] = 0x10
@@ -149,17 +167,16 @@ def test_every_code_alone(kernels: Kernels, name: str) -> None:
     else:
         raw, scales, places = codes[:, None], np.zeros((codes.size, 0), np.uint8), range(1)
     for code in places:
-        if name == "mxfp4":
+        if packed:
             raw[:, 3] = code
-        depth = 32 if name == "mxfp4" else 1
+        depth = 32 if packed else 1
         x = np.zeros((1, depth), np.float32)
-        x[0, 6 if name == "mxfp4" else 0] = 1
+        x[0, 6 if packed else 0] = 1
         matrix = Matrix(
-            name, (len(raw), depth), raw.copy(), block_scales=scales if name == "mxfp4" else None
+            name, (len(raw), depth), raw.copy(), block_scales=scales if packed else None
         )
-        expected = products(
-            x, VALUES[name](raw.view(np.uint8), scales), whole=storage.whole, unit=storage.unit
-        )
+        values, rule = _exact(name, raw.view(np.uint8), scales)
+        expected = products(x, values, **rule)
         assert _differing(kernels.linear(torch.from_numpy(x), matrix).numpy(), expected) == 0
 
 
@@ -174,7 +191,7 @@ def test_nan_and_infinity_are_as_in_torch(kernels: Kernels, name: str) -> None:
         raw[4, 9 * size : 10 * size] = 0xFF  # NaN
     elif name.startswith("fp8"):
         raw[3, 5], raw[4, 9] = 0x7F, 0xFF
-    elif name == "mxfp4":
+    elif name.startswith("mxfp4"):
         scales[3, 1] = 255
     case.values = VALUES[name](raw, scales)
     x = _x(4, 64, 4)
@@ -262,7 +279,7 @@ def at_the_edge(length):
 
 kernels = load(Path(sys.argv[2]), next(t for t in runnable() if t.name == sys.argv[1]))
 for name, storage in STORAGES.items():
-    for depth in (32, 96) if name == "mxfp4" else (1, 31, 33, 100, 1345):
+    for depth in (32, 64, 96, 288, 352) if name.startswith("mxfp4") else (1, 31, 33, 100, 1345):
         for rows in (1, 2, 5, 30):
             x, y = at_the_edge(4 * rows * depth), at_the_edge(4 * rows * 7)
             grid, scales = storage.grid, None
@@ -323,7 +340,7 @@ def _first_again(case: Case) -> Case:
 def _scaled_by(case: Case, wrong: Callable[[Floats], Floats]) -> Case:
     raw, scales = case.matrix._buffers[:2]
     found = np.ascontiguousarray(wrong(scales.view(np.float32))).view(np.uint8)
-    return Case(case.matrix, _fp8_block_values(raw, found), case.scales, case.biases)
+    return replace(case, values=_fp8_block_values(raw, found))
 
 
 def test_a_tensor_is_read_in_place(kernels: Kernels) -> None:
@@ -350,9 +367,7 @@ def test_millions_of_outputs(every_kernels: list[Kernels], name: str) -> None:
             [every_kernels[0].linear(torch.from_numpy(row[None]), case.matrix) for row in x]
         )
         few = random.integers(0, outs, 16)
-        case.values, case.scales, case.biases = (
-            case.values[few], case.scales[few], case.biases[few]
-        )  # fmt: skip
+        case.only(few)
         assert _differing(alone[:4, few], case.expected(x[:4])) == 0
         for rows in range(1, 65, 3):
             for kernels in every_kernels:
