@@ -219,14 +219,12 @@ def _power(b: ir.IRBuilder, scale: ir.Value, lanes: int) -> ir.Value:
 
 def powers_of_two(b: ir.IRBuilder, scales: ir.Value) -> ir.Value:
     """The float32 2^(byte - 127) of each E8M0 byte: 0 gives a denormal, 255 is NaN."""
-    lanes = scales.type.count
+    kind, lanes = vector(FLOAT, scales.type.count), scales.type.count
     wide = vector(I32, lanes)
-    byte, least = b.zext(scales, wide), constant(wide, 1 << 22)  # 2^-127
-    name = f"llvm.umax.v{lanes}i32"
-    bits = emit.intrinsic(b, name, wide, [b.shl(byte, constant(wide, 23)), least])
-    # 255 is 256 with one more, which makes a NaN of its infinity. A comparison takes longer.
-    nan = b.and_(b.shl(b.add(byte, constant(wide, 1)), constant(wide, 14)), least)
-    return b.bitcast(b.or_(bits, nan), vector(FLOAT, lanes))
+    bits, least = b.shl(b.zext(scales, wide), constant(wide, 23)), constant(wide, 1 << 22)
+    bits = emit.intrinsic(b, f"llvm.umax.v{lanes}i32", wide, [bits, least])
+    powers = b.bitcast(bits, kind)
+    return b.fadd(powers, b.fsub(powers, powers))  # 0, and NaN of infinity
 
 
 _MXFP4_ALONE = Storage(
