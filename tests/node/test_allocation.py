@@ -4,6 +4,7 @@ import ctypes
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,33 @@ def test_left_to_itself_the_c_library_keeps_it() -> None:
     """Else there is no need for what this module does."""
     _, left = _loaded()
     assert left > PIECE * PIECES / 2
+
+
+STARTING = """
+import sys
+from pathlib import Path
+import trio
+from blyan_node import start
+from blyan_node.settings import Settings
+
+start.give_back_what_is_large = lambda: print("given back")
+trio.run = lambda *_: print("served")
+start.start(
+    Path(sys.argv[1]), rpc=None, network=None, options=Settings(), as_json=False, verbose=False
+)
+"""
+
+
+def test_a_daemon_does_so_before_it_serves(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", STARTING, str(tmp_path / "home")]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-3:-1] == ["given back", "served"]
+
+
+def test_what_the_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("asked it"))
+    assert not allocation.give_back_what_is_large()
 
 
 def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
