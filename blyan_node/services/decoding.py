@@ -51,8 +51,7 @@ class Decoding:
             if not isinstance(found, Over):
                 self._last = found
                 return found
-            with refused_if_full():
-                met = found.result()
+            met = found.result()
             self._next = self._following if met is None else await self._behind(met)
 
     async def aclose(self) -> None:
@@ -62,8 +61,13 @@ class Decoding:
     async def _start(self, first: Pass) -> None:
         near = self._session.nearby()
         here = near.begin()
+
+        def run() -> Met | None:
+            with refused_if_full():  # here: whoever leaves hears of nothing that is refused
+                return self._run(first, near, here)
+
         try:
-            await self._visit.start(lambda: self._run(first, near, here), near.end)
+            await self._visit.start(run, near.end)
         except BaseException:  # it was cancelled before it could begin
             near.end()
             raise
