@@ -99,7 +99,7 @@ class Trunks:
         size = sum(
             part_bytes(part, self.store.body(parts[part.subject])[1], precision) for part in layouts
         )
-        if not memory.make_room(size, Sort.PLACED):
+        if not await self.holding.room(size, Sort.PLACED):
             raise self._no_room(description, size)
         memory.trunks += size
 

@@ -1,8 +1,9 @@
 """`--memory` is kept: what is loaded is counted before, and nothing in use is let go."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -10,6 +11,8 @@ import trio.testing
 
 from blyan_node.services.held import NoRoom, Reason
 from blyan_node.services.memory import Memory, Sort, resident
+from blyan_node.services.near import Near
+from blyan_node.services.session import Session
 from blyan_node.services.supply import silent
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint
@@ -44,6 +47,11 @@ class Told:
 
     def expert(self, number: int) -> BlockId:
         return self.heads[Subject(f"layer0.expert{number}")]
+
+    async def place_all(self) -> None:
+        for name, block in self.heads.items():
+            if "expert" in name:
+                await self.alice.holding.keep(block, Reason.PLACEMENT)
 
     async def ask(self, count: int = 2) -> object:
         request = GenerateRequest(
@@ -89,10 +97,13 @@ async def test_a_trunk_that_can_never_fit_is_named_with_what_to_do(
 async def test_what_is_ordered_stays_and_the_trunk_is_refused(tiny: Path, tmp_path: Path) -> None:
     async with told(tiny, tmp_path) as t:
         await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        await t.alice.holding.keep(t.expert(1), Reason.PLACEMENT)
         t.memory.budget = t.trunk + t.one - 1
         with pytest.raises(Refused, match=r"trunk of tiny does not fit .* Drop experts"):
             await t.ask()
-        assert t.alice.holding.keeps(t.expert(0))
+        assert t.alice.holding.keeps(t.expert(0)) and not t.alice.holding.keeps(t.expert(1))
+        assert Pin.HELD not in t.alice.store.pins.of(t.expert(1))
+        assert packs(t.alice) == {cid_text(t.expert(0))}
 
 
 @trio_test
@@ -280,3 +291,43 @@ async def test_a_model_that_lacks_a_part_of_its_configuration_is_refused_by_name
                 async with t.alice.trunks.use(description, heads, "as-published", silent):
                     pass
             assert refused.value.code is ErrorCode.BAD_MODEL and t.memory.trunks == 0
+
+
+class Meanwhile(dict[int, Callable[[], Awaitable[None]]]):
+    """What is done while a token is computed, by how many positions were before it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enter, loop = Session.enter, trio.lowlevel.current_trio_token()
+
+        def enters(session: Session, ids: Any, here: Any, *given: Any) -> object:
+            do = None if here is None else self.pop(session._cache.length, None)
+            if do is not None:
+                trio.from_thread.run(do, trio_token=loop)
+            return enter(session, ids, here, *given)
+
+        monkeypatch.setattr(Session, "enter", enters)
+
+
+@pytest.mark.parametrize("needs", ["another cache", "another trunk"])
+@trio_test
+async def test_a_request_gets_the_memory_of_placed_experts_when_a_token_is_done(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: str
+) -> None:
+    """Somebody else's answer computes with all of them when it comes."""
+    async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
+        await t.place_all()
+        t.memory.budget = t.trunk + 8 * t.one + POSITION * (len(PROMPT) + 9)
+        description = await t.alice.models.describe(t.model)
+
+        async def trunk() -> None:
+            async with t.alice.trunks.use(description, t.heads, "bfloat16", silent):
+                pass
+
+        async def another() -> None:
+            (computing,) = t.alice.holding.borrowers
+            nursery.start_soon(trunk if needs == "another trunk" else t.ask)
+            while isinstance(computing, Near) and not computing.asked:
+                await trio.lowlevel.checkpoint()
+
+        Meanwhile(monkeypatch)[len(PROMPT) + 3] = another
+        await t.ask(9)
