@@ -5,7 +5,8 @@ comes back where experts are elsewhere, where somebody else waits for the thread
 memory, and where whoever takes the tokens falls behind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,7 @@ class Decoding:
             return self._last
         while True:
             if not self._visit.under_way:
-                await self._start(self._next)
+                await self._visit.start(self._turn(self._next))
             found = await self._visit.take()
             if not isinstance(found, Over):
                 self._last = found
@@ -58,7 +59,9 @@ class Decoding:
         """Waits for the token that is being computed."""
         await self._visit.leave()
 
-    async def _start(self, first: Pass) -> None:
+    @contextmanager
+    def _turn(self, first: Pass) -> Iterator[Callable[[], Met | None]]:
+        """What the thread does with the experts that are here; they are in use meanwhile."""
         near = self._session.nearby()
         here = near.begin()
 
@@ -67,10 +70,9 @@ class Decoding:
                 return self._run(first, near, here)
 
         try:
-            await self._visit.start(run, near.end)
-        except BaseException:  # it was cancelled before it could begin
+            yield run
+        finally:
             near.end()
-            raise
 
     async def _behind(self, met: Met) -> Pass:
         outputs = await self._session.experts(met)

@@ -331,3 +331,20 @@ async def test_a_request_gets_the_memory_of_placed_experts_when_a_token_is_done(
 
         Meanwhile(monkeypatch)[len(PROMPT) + 3] = another
         await t.ask(9)
+
+
+@trio_test
+async def test_who_waits_to_compute_does_not_keep_what_others_need(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Of two answers that take turns, one is always about to compute with every expert."""
+    async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
+        await t.place_all()
+        t.memory.budget = t.trunk + 8 * t.one + 2 * POSITION * (len(PROMPT) + 900)
+        for _ in range(2):
+            nursery.start_soon(t.ask, 900)
+        while t.alice.compute.statistics().tasks_waiting == 0 or not t.alice.holding.borrowers:
+            await trio.lowlevel.checkpoint()
+        await t.alice.holding.load(t.expert(0), precision="bfloat16")
+        assert t.alice.generation.running == 2
+        nursery.cancel_scope.cancel()
