@@ -32,7 +32,7 @@ from blyan_node.services.supply import Progress, Supply, silent
 from protocols import limits
 from protocols.experts.advert import HeldExpert
 from protocols.ids import BlockId, expert_subject, parse_subject
-from protocols.precision import PUBLISHED, Precision
+from protocols.precision import PUBLISHED, Precision, effective
 from storage.gc import pack
 from storage.pins import Pin
 from storage.store import Store
@@ -67,7 +67,7 @@ class Holding:
         arithmetic: Arithmetic,
         precision: Precision = PUBLISHED,
     ) -> None:
-        self.arithmetic, self.precision = arithmetic, precision
+        self.arithmetic, self.precision = arithmetic, effective(precision)
         self.changes = Changes()
         self.borrowers: set[Borrower] = set()
         self.version = 0  # of what is held, and why
