@@ -271,15 +271,20 @@ class Holding:
     async def _read(self, key: Key, what: HeldExpert, config: ModelConfig) -> Expert:
         await self.clear()
         block, precision = key
-        used = any(held.what.block == block for held in self._held.values())
+        others = [held.expert for held in self._held.values() if held.what.block == block]
+        in_place = not all(expert.converted for expert in others)
 
         def read() -> Expert:
+            nonlocal in_place
             subject = expert_subject(what.layer, what.expert)
-            tensors = pack(self._store, block).tensors
-            expert = Expert(config, subject, tensors, self.arithmetic, precision=precision)
-            if expert.converted and not used:
-                self._store.packs.drop(block)
-            return expert
+            try:
+                tensors = pack(self._store, block).tensors
+                expert = Expert(config, subject, tensors, self.arithmetic, precision=precision)
+                in_place |= not expert.converted
+                return expert
+            finally:
+                if not in_place:
+                    self._store.packs.drop(block)
 
         return await in_turn(read, self._limiter)
 

@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from blyan_node.moe.trunk import Trunk
 from blyan_node.services.held import NoRoom, Reason
 from blyan_node.services.memory import Memory, Sort, resident
 from blyan_node.services.near import Near
@@ -348,3 +349,64 @@ async def test_who_waits_to_compute_does_not_keep_what_others_need(
         await t.alice.holding.load(t.expert(0), precision="bfloat16")
         assert t.alice.generation.running == 2
         nursery.cancel_scope.cancel()
+
+
+@trio_test
+async def test_what_cannot_be_loaded_leaves_no_pack(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's model may be refused again and again, and each has files of its own."""
+
+    def refuses_trunk(config: object, tensors: Callable[[str], object], *_: Any, **__: Any) -> None:
+        assert tensors("embed") and tensors("layer0.attention")
+        raise Refused(ErrorCode.BAD_MODEL, "an odd trunk", "it was told so")
+
+    def refuses_expert(*_: Any, **__: Any) -> None:
+        raise Refused(ErrorCode.BAD_MODEL, "an odd expert", "it was told so")
+
+    async with told(tiny, tmp_path) as t:
+        with monkeypatch.context() as patch:
+            patch.setattr("blyan_node.services.trunks.Trunk", refuses_trunk)
+            with pytest.raises(Refused, match="an odd trunk"):
+                await t.ask()
+        assert t.memory.trunks == 0 and packs(t.alice) == set()
+        await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        with monkeypatch.context() as patch:
+            patch.setattr("blyan_node.services.holding.Expert", refuses_expert)
+            for block, precision in ((t.expert(0), "bfloat16"), (t.expert(1), None)):
+                with pytest.raises(Refused, match="an odd expert"):
+                    await t.alice.holding.load(block, precision=precision)
+        assert t.memory.experts == t.one and packs(t.alice) == {cid_text(t.expert(0))}
+        for narrow in ("bfloat16", "int8"):
+            await t.alice.holding.load(t.expert(2), precision=narrow)
+        assert packs(t.alice) == {cid_text(t.expert(0))}
+
+
+@trio_test
+async def test_a_trunk_that_is_being_loaded_keeps_its_packs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one of the same parts, converted, is let go in the middle of that."""
+    async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
+        description, trunks = await t.alice.models.describe(t.model), t.alice.trunks
+        async with trunks.use(description, t.heads, "bfloat16", silent):
+            pass
+        assert not packs(t.alice) & {cid_text(t.heads[Subject("embed")])}
+        loop, trunk, cleared = trio.lowlevel.current_trio_token(), Trunk, trio.Event()
+
+        async def clears() -> None:
+            await trunks._clear()
+            cleared.set()
+
+        async def lets_go() -> None:
+            assert t.memory.make_room(t.memory.budget - t.trunk, Sort.PLACED)
+            nursery.start_soon(clears)
+
+        def reads(*given: Any, **named: Any) -> Trunk:
+            trio.from_thread.run(lets_go, trio_token=loop)
+            return trunk(*given, **named)
+
+        monkeypatch.setattr("blyan_node.services.trunks.Trunk", reads)
+        async with trunks.use(description, t.heads, "as-published", silent):
+            await cleared.wait()
+            assert {cid_text(b) for n, b in t.heads.items() if "exp" not in n} == packs(t.alice)
