@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class Borrower(Protocol):
-    """Who uses experts for a long time, a moment here and a moment there."""
+    """Who uses kept experts for a long time, a moment here and a moment there."""
 
     def give_back(self) -> None:
         """Ends its use of all, at once or after the moment that this is."""
@@ -70,7 +70,7 @@ class Holding:
         self.arithmetic, self.precision = arithmetic, effective(precision)
         self.changes = Changes()
         self.borrowers: set[Borrower] = set()
-        self.version = 0  # of what is held, and why
+        self.version = 0  # of what is kept
         self.memory = Memory(memory_bytes)
         for reason, sort in _LENT.items():
             self.memory.lender(sort, partial(self._let_go, reason))
@@ -211,7 +211,8 @@ class Holding:
 
     def _let_go(self, reason: Reason, size: int) -> None:
         """Lets experts of `reason` that nobody uses go until `size` bytes are free."""
-        self._ask_back()
+        if reason is not Reason.PASSING:
+            self._ask_back()
         for held in list(self._held.values()):
             if self.memory.free >= size:
                 break
@@ -223,8 +224,9 @@ class Holding:
             borrower.give_back()
 
     def _remove(self, held: Held) -> None:
-        self._ask_back()
-        self.version += 1
+        if held.reason is not Reason.PASSING:
+            self._ask_back()
+            self.version += 1
         key = (held.what.block, held.precision)
         del self._held[key]
         self._gone[key] = held.reason
@@ -262,7 +264,6 @@ class Holding:
         self.memory.experts -= size - expert.bytes
         self.memory.copied += expert.copied
         self._held[key] = Held(what, precision, expert, config.hidden, expert.bytes, reason)
-        self.version += 1
         log.info(
             "loaded layer %d expert %d as %s (%s)",
             what.layer, what.expert, expert.storage, reason.value,
