@@ -48,6 +48,8 @@ class Visit(Generic[T, R]):
         self._loop = trio.lowlevel.current_trio_token()
         with ExitStack() as stack:
             stack.callback(self._limiter.release_on_behalf_of, self)
+            # Whoever waited for what the turn before had in use was woken together with us.
+            await trio.lowlevel.checkpoint()
             work = stack.enter_context(turn)
 
             def end(result: Callable[[], R]) -> None:

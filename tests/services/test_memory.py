@@ -336,9 +336,15 @@ async def test_a_request_gets_the_memory_of_placed_experts_when_a_token_is_done(
 
 @trio_test
 async def test_who_waits_to_compute_does_not_keep_what_others_need(
-    tiny: Path, tmp_path: Path
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two answers that take turns, one is always about to compute with every expert."""
+    make_room, tries = Memory.make_room, list[bool]()
+
+    def tried(memory: Memory, size: int, upto: Sort) -> bool:
+        tries.append(make_room(memory, size, upto))
+        return tries[-1]
+
     async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
         await t.place_all()
         t.memory.budget = t.trunk + 8 * t.one + 2 * POSITION * (len(PROMPT) + 900)
@@ -346,8 +352,10 @@ async def test_who_waits_to_compute_does_not_keep_what_others_need(
             nursery.start_soon(t.ask, 900)
         while t.alice.compute.statistics().tasks_waiting == 0 or not t.alice.holding.borrowers:
             await trio.lowlevel.checkpoint()
+        monkeypatch.setattr(Memory, "make_room", tried)
         await t.alice.holding.load(t.expert(0), precision="bfloat16")
         assert t.alice.generation.running == 2
+        assert tries.index(True) <= 1  # at once, or after the token that is being computed
         nursery.cancel_scope.cancel()
 
 
