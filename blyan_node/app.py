@@ -53,7 +53,6 @@ from blyan_node.services.verify import Verify
 from protocols.dag.genesis import PRIVATE
 from protocols.errors import ErrorCode, Refused
 from protocols.hello import HelloSummary
-from protocols.precision import effective
 from protocols.signing import Identity
 from storage.store import Store, open_store
 
@@ -138,7 +137,7 @@ def build(
         models,
         room_for_weights(config, numbers),
         numbers,
-        effective(config.precision),
+        config.precision,
     )
     serving = Serving(network, holding, numeric, compute)
     adverts = Adverts(

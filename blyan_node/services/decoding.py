@@ -5,7 +5,8 @@ comes back where experts are elsewhere, where somebody else waits for the thread
 memory, and where whoever takes the tokens falls behind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,27 +47,32 @@ class Decoding:
             return self._last
         while True:
             if not self._visit.under_way:
-                await self._start(self._next)
+                await self._visit.start(self._turn(self._next))
             found = await self._visit.take()
             if not isinstance(found, Over):
                 self._last = found
                 return found
-            with refused_if_full():
-                met = found.result()
+            met = found.result()
             self._next = self._following if met is None else await self._behind(met)
 
     async def aclose(self) -> None:
         """Waits for the token that is being computed."""
         await self._visit.leave()
 
-    async def _start(self, first: Pass) -> None:
+    @contextmanager
+    def _turn(self, first: Pass) -> Iterator[Callable[[], Met | None]]:
+        """What the thread does with the experts that are here; they are in use meanwhile."""
         near = self._session.nearby()
         here = near.begin()
+
+        def run() -> Met | None:
+            with refused_if_full():  # here: whoever leaves hears of nothing that is refused
+                return self._run(first, near, here)
+
         try:
-            await self._visit.start(lambda: self._run(first, near, here), near.end)
-        except BaseException:  # it was cancelled before it could begin
+            yield run
+        finally:
             near.end()
-            raise
 
     async def _behind(self, met: Met) -> Pass:
         outputs = await self._session.experts(met)

@@ -169,9 +169,7 @@ class Generation:
             )
         with self.work.answer() as account:
             model, root, heads = self._at(request.model, request.root)
-            precision = self._profiles.precision
-            if request.precision is not None:
-                precision = effective(request.precision)
+            precision = effective(request.precision or self._profiles.precision)
             account.fetched_bytes = await self._models.fetch(model, progress)
             description = await self._models.describe(model, progress)
             async with self._trunks.use(description, heads, precision, progress) as (

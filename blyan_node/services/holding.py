@@ -14,6 +14,7 @@ itself is beside them, so an expert is named by its block and its precision.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -31,7 +32,7 @@ from blyan_node.services.supply import Progress, Supply, silent
 from protocols import limits
 from protocols.experts.advert import HeldExpert
 from protocols.ids import BlockId, expert_subject, parse_subject
-from protocols.precision import PUBLISHED, Precision
+from protocols.precision import PUBLISHED, Precision, effective
 from storage.gc import pack
 from storage.pins import Pin
 from storage.store import Store
@@ -40,14 +41,15 @@ log = logging.getLogger(__name__)
 
 
 class Borrower(Protocol):
-    """Who uses experts for a long time, a moment here and a moment there."""
+    """Who uses kept experts for a long time, a moment here and a moment there."""
 
     def give_back(self) -> None:
         """Ends its use of all, at once or after the moment that this is."""
 
 
-# What may be let go to load an expert.
+# What may be let go to load an expert, and as what one is let go itself.
 _WORTH = {Reason.ORDER: Sort.IDLE, Reason.PLACEMENT: Sort.PASSING, Reason.PASSING: Sort.PLACED}
+_LENT = {Reason.PASSING: Sort.PASSING, Reason.PLACEMENT: Sort.PLACED}
 
 
 class Holding:
@@ -65,13 +67,13 @@ class Holding:
         arithmetic: Arithmetic,
         precision: Precision = PUBLISHED,
     ) -> None:
-        self.arithmetic, self.precision = arithmetic, precision
+        self.arithmetic, self.precision = arithmetic, effective(precision)
         self.changes = Changes()
         self.borrowers: set[Borrower] = set()
-        self.version = 0  # of what is held, and why
+        self.version = 0  # of what is kept
         self.memory = Memory(memory_bytes)
-        self.memory.lender(Sort.PASSING, lambda size: self._let_go(size, Reason.PASSING))
-        self.memory.lender(Sort.PLACED, lambda size: self._let_go(size, Reason.PLACEMENT))
+        for reason, sort in _LENT.items():
+            self.memory.lender(sort, partial(self._let_go, reason))
         self._store = store
         self._supply = supply
         self._models = models
@@ -168,6 +170,21 @@ class Holding:
                     self.memory.experts -= held.bytes
             self._released.tell()
 
+    async def room(self, size: int, upto: Sort) -> bool:
+        """Makes room (`Memory.make_room`); whether there is.
+
+        Waits a moment for what is computed with now, if that can be let go then and is enough.
+        """
+        with trio.move_on_after(limits.room_wait_s_max):
+            while not self.memory.make_room(size, upto):
+                if self.memory.free + self._free_soon(upto) < size:
+                    break
+                await self._released.wait()
+            else:
+                return True
+        await self.clear()  # of what was let go in vain
+        return False
+
     async def clear(self) -> None:
         """Takes the pins and deletes the pack files of what has been let go."""
         gone = {key: why for key, why in self._gone.items() if key not in self._held}
@@ -186,9 +203,16 @@ class Holding:
                 await trio.to_thread.run_sync(clear, limiter=self._limiter)
             self.changes.tell()
 
-    def _let_go(self, size: int, reason: Reason) -> None:
+    def _free_soon(self, upto: Sort) -> int:
+        """The bytes of experts in use that are let go afterwards, or may be."""
+        lent = {reason for reason, sort in _LENT.items() if sort <= upto}
+        used = sum(h.bytes for h in self._held.values() if h.users and h.reason in lent)
+        return used + sum(h.bytes for h in self._leaving)
+
+    def _let_go(self, reason: Reason, size: int) -> None:
         """Lets experts of `reason` that nobody uses go until `size` bytes are free."""
-        self._ask_back()
+        if reason is not Reason.PASSING:
+            self._ask_back()
         for held in list(self._held.values()):
             if self.memory.free >= size:
                 break
@@ -200,8 +224,9 @@ class Holding:
             borrower.give_back()
 
     def _remove(self, held: Held) -> None:
-        self._ask_back()
-        self.version += 1
+        if held.reason is not Reason.PASSING:
+            self._ask_back()
+            self.version += 1
         key = (held.what.block, held.precision)
         del self._held[key]
         self._gone[key] = held.reason
@@ -228,7 +253,7 @@ class Holding:
         if what.layer >= len(config.layers) or what.expert >= config.experts_of(what.layer):
             raise not_an_expert(block)
         size = self.size_of(block, precision)
-        if not await self._room(size, reason):
+        if not await self.room(size, _WORTH[reason]):
             raise NoRoom(block, size, self.memory.free)
         self.memory.experts += size
         try:
@@ -239,36 +264,28 @@ class Holding:
         self.memory.experts -= size - expert.bytes
         self.memory.copied += expert.copied
         self._held[key] = Held(what, precision, expert, config.hidden, expert.bytes, reason)
-        self.version += 1
         log.info(
             "loaded layer %d expert %d as %s (%s)",
             what.layer, what.expert, expert.storage, reason.value,
         )  # fmt: skip
 
-    async def _room(self, size: int, reason: Reason) -> bool:
-        """Makes room; waits a moment for what is computed with now, if that can be let go then."""
-        with trio.move_on_after(limits.room_wait_s_max):
-            while not self.memory.make_room(size, _WORTH[reason]):
-                used = sum(h.bytes for h in self._held.values() if h.users)
-                used += sum(h.bytes for h in self._leaving)
-                if reason is not Reason.PASSING or self.memory.free + used < size:
-                    return False
-                await self._released.wait()
-            return True
-        return False
-
     async def _read(self, key: Key, what: HeldExpert, config: ModelConfig) -> Expert:
         await self.clear()
         block, precision = key
-        used = any(held.what.block == block for held in self._held.values())
+        others = [held.expert for held in self._held.values() if held.what.block == block]
+        in_place = not all(expert.converted for expert in others)
 
         def read() -> Expert:
+            nonlocal in_place
             subject = expert_subject(what.layer, what.expert)
-            tensors = pack(self._store, block).tensors
-            expert = Expert(config, subject, tensors, self.arithmetic, precision=precision)
-            if expert.converted and not used:
-                self._store.packs.drop(block)
-            return expert
+            try:
+                tensors = pack(self._store, block).tensors
+                expert = Expert(config, subject, tensors, self.arithmetic, precision=precision)
+                in_place |= not expert.converted
+                return expert
+            finally:
+                if not in_place:
+                    self._store.packs.drop(block)
 
         return await in_turn(read, self._limiter)
 

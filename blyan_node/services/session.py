@@ -18,6 +18,7 @@ from blyan_node.moe.trunk import Trunk
 from blyan_node.services.account import Account
 from blyan_node.services.compute import LayerRows, Rows, in_turn
 from blyan_node.services.layers import Layers
+from blyan_node.services.memory import Sort
 from blyan_node.services.near import Near
 from protocols.ids import BlockId, Subject, parse_subject
 from protocols.precision import Precision
@@ -72,8 +73,9 @@ class Session:
     @asynccontextmanager
     async def room(self, positions: int) -> AsyncIterator[None]:
         """Memory for a sequence of so many tokens. Raises `Refused` if this node has it not."""
-        holding = self.layers.holding
-        with holding.memory.cache(self.trunk.cache_bytes(positions)):
+        holding, size = self.layers.holding, self.trunk.cache_bytes(positions)
+        await holding.room(size, Sort.PLACED)  # if there is none, `cache` says why
+        with holding.memory.cache(size):
             await holding.clear()
             self._cache = self.trunk.new_cache(positions)
             try:

@@ -44,7 +44,7 @@ class Key:
 
 @dataclass
 class Loaded:
-    """A trunk and how many sessions use it. `fetched` is the bytes that its first use fetched."""
+    """A trunk and how many sessions use it."""
 
     trunk: Trunk
     users: int = 0
@@ -60,6 +60,7 @@ class Trunks:
     _loaded: dict[Key, Loaded] = field(default_factory=dict)
     _loading: trio.Lock = field(default_factory=trio.Lock)
     _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    _reading: frozenset[BlockId] = frozenset()  # the parts of one that is not in `_loaded` yet
     _gone: set[BlockId] = field(default_factory=set)  # let go, and their packs are still there
 
     def __post_init__(self) -> None:
@@ -81,7 +82,9 @@ class Trunks:
                 loaded = Loaded(await self._load(description, layouts, parts, precision))
             self._loaded[key] = loaded
             loaded.users += 1
+            self._reading = frozenset()
         try:
+            await self._clear()
             yield loaded.trunk, fetched
         finally:
             loaded.users -= 1
@@ -99,9 +102,10 @@ class Trunks:
         size = sum(
             part_bytes(part, self.store.body(parts[part.subject])[1], precision) for part in layouts
         )
-        if not memory.make_room(size, Sort.PLACED):
+        if not await self.holding.room(size, Sort.PLACED):
             raise self._no_room(description, size)
         memory.trunks += size
+        self._reading = blocks
 
         def read() -> Trunk:
             return Trunk(
@@ -117,11 +121,14 @@ class Trunks:
             trunk = await in_turn(read, self._limiter)
         except BaseException:  # whatever it was, nothing is loaded
             memory.trunks -= size
+            self._reading = frozenset()
+            self._gone |= blocks
+            await self._clear()
             raise
         memory.trunks -= size - trunk.bytes
         memory.copied += trunk.copied
-        self._gone.update(parts[subject] for subject in trunk.converted)
-        await self._clear()
+        converted = {parts[subject] for subject in trunk.converted}
+        self._reading, self._gone = blocks - converted, self._gone | converted
         return trunk
 
     def _no_room(self, description: Description, size: int) -> Refused:
@@ -156,7 +163,7 @@ class Trunks:
             for subject, block in key.parts
             if subject not in loaded.trunk.converted
         }
-        gone = self._gone - used
+        gone = self._gone - used - self._reading
         self._gone.clear()
 
         def clear() -> None:

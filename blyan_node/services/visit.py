@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -39,27 +39,29 @@ class Visit(Generic[T, R]):
         """Whether others wait for the limiter. From any thread."""
         return self._limiter.statistics().tasks_waiting > 0
 
-    async def start(self, work: Callable[[], R], ended: Callable[[], None]) -> None:
-        """Begins a call; `ended` is called in the event loop as soon as it is over."""
+    async def start(self, turn: AbstractContextManager[Callable[[], R]]) -> None:
+        """Begins a call when it has its turn; `turn` gives it then, and not to who still waits.
+
+        In the event loop, where `turn` is over as soon as the call is.
+        """
         await self._limiter.acquire_on_behalf_of(self)
         self._loop = trio.lowlevel.current_trio_token()
+        with ExitStack() as stack:
+            stack.callback(self._limiter.release_on_behalf_of, self)
+            # Whoever waited for what the turn before had in use was woken together with us.
+            await trio.lowlevel.checkpoint()
+            work = stack.enter_context(turn)
 
-        def end(result: Callable[[], R]) -> None:
-            self._limiter.release_on_behalf_of(self)
-            self._put.send_nowait(Over(result))
-            ended()
+            def end(result: Callable[[], R]) -> None:
+                turns.close()
+                self._put.send_nowait(Over(result))
 
-        def tell(result: Callable[[], R]) -> None:
-            with suppress(trio.RunFinishedError):  # nobody is left to be told
-                self._loop.run_sync_soon(end, result)
+            def tell(result: Callable[[], R]) -> None:
+                with suppress(trio.RunFinishedError):  # nobody is left to be told
+                    self._loop.run_sync_soon(end, result)
 
-        self.under_way = True
-        try:
             trio.lowlevel.start_thread_soon(work, lambda outcome: tell(outcome.unwrap))
-        except BaseException:
-            self.under_way = False
-            self._limiter.release_on_behalf_of(self)
-            raise
+            turns, self.under_way = stack.pop_all(), True
 
     def tell(self, value: T) -> None:
         """For the thread: hands a value over and goes on."""

@@ -13,6 +13,7 @@ import trio
 
 from blyan_node.moe.here import Here
 from blyan_node.moe.sampling import Sampler
+from blyan_node.moe.torch_errors import OutOfMemory
 from blyan_node.services import decoding, generation
 from blyan_node.services.near import Near
 from blyan_node.services.prompts import Question
@@ -211,22 +212,10 @@ async def test_cancelled_in_the_middle_nothing_is_left(tmp_path: Path) -> None:
         assert alice.holding.memory.caches == 0
 
 
-@trio_test
-async def test_nothing_more_is_computed_when_nobody_takes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The answer is cancelled while its third token is computed, which is the last then."""
-    enter, leave, entered = Session.enter, Visit.leave, list[int]()
-    cancelled, left = trio.Event(), threading.Event()
-    loop = trio.lowlevel.current_trio_token()
-
-    def waits(session: Session, ids: Any, here: Any, *given: Any) -> object:
-        if here is not None:
-            entered.extend(ids)
-            if len(entered) == 2:
-                loop.run_sync_soon(cancelled.set)
-                left.wait()
-        return enter(session, ids, here, *given)
+@pytest.fixture
+def abandoned(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Is set when nobody takes the tokens of an answer any more, and its thread is waited for."""
+    leave, left = Visit.leave, threading.Event()
 
     async def leaves(visit: Visit[int, object]) -> None:
         async with trio.open_nursery() as nursery:
@@ -236,8 +225,49 @@ async def test_nothing_more_is_computed_when_nobody_takes_it(
                     await trio.lowlevel.checkpoint()
             left.set()
 
-    monkeypatch.setattr(Session, "enter", waits)
     monkeypatch.setattr(Visit, "leave", leaves)
+    return left
+
+
+@trio_test
+async def test_nothing_more_is_computed_when_nobody_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abandoned: threading.Event
+) -> None:
+    """The answer is cancelled while its third token is computed, which is the last then."""
+    enter, entered, cancelled = Session.enter, list[int](), trio.Event()
+    loop = trio.lowlevel.current_trio_token()
+
+    def waits(session: Session, ids: Any, here: Any, *given: Any) -> object:
+        if here is not None:
+            entered.extend(ids)
+            if len(entered) == 2:
+                loop.run_sync_soon(cancelled.set)
+                abandoned.wait()
+        return enter(session, ids, here, *given)
+
+    monkeypatch.setattr(Session, "enter", waits)
     async with alone(tmp_path) as alice:
         result = await alice.generation.generate(asked(400), nobody, cancelled=cancelled)
     assert result.finish == "cancelled" and len(entered) == 2
+
+
+@trio_test
+async def test_memory_that_ends_when_nobody_takes_the_token_ends_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abandoned: threading.Event
+) -> None:
+    """A device is full at the moment when the client cancels: it gets what it had."""
+    pick, cancelled = Sampler.pick, trio.Event()
+    loop = trio.lowlevel.current_trio_token()
+
+    def full(sampler: Sampler, logits: Any) -> int:
+        if sampler.drawn == 3:
+            loop.run_sync_soon(cancelled.set)
+            abandoned.wait()
+            raise OutOfMemory("CUDA out of memory.")
+        return pick(sampler, logits)
+
+    monkeypatch.setattr(Sampler, "pick", full)
+    async with alone(tmp_path) as alice:
+        result = await alice.generation.generate(asked(400), nobody, cancelled=cancelled)
+        assert result.finish == "cancelled" and len(result.token_ids) <= 3
+        assert not [held for held in alice.holding.held() if held.users]

@@ -1,15 +1,19 @@
 """`--memory` is kept: what is loaded is counted before, and nothing in use is let go."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
+from blyan_node.moe.trunk import Trunk
 from blyan_node.services.held import NoRoom, Reason
 from blyan_node.services.memory import Memory, Sort, resident
+from blyan_node.services.near import Near
+from blyan_node.services.session import Session
 from blyan_node.services.supply import silent
 from blyan_node.testing.checkpoints import make_checkpoint
 from blyan_node.testing.mxfp4 import make_mxfp4_checkpoint
@@ -44,6 +48,11 @@ class Told:
 
     def expert(self, number: int) -> BlockId:
         return self.heads[Subject(f"layer0.expert{number}")]
+
+    async def place_all(self) -> None:
+        for name, block in self.heads.items():
+            if "expert" in name:
+                await self.alice.holding.keep(block, Reason.PLACEMENT)
 
     async def ask(self, count: int = 2) -> object:
         request = GenerateRequest(
@@ -89,10 +98,13 @@ async def test_a_trunk_that_can_never_fit_is_named_with_what_to_do(
 async def test_what_is_ordered_stays_and_the_trunk_is_refused(tiny: Path, tmp_path: Path) -> None:
     async with told(tiny, tmp_path) as t:
         await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        await t.alice.holding.keep(t.expert(1), Reason.PLACEMENT)
         t.memory.budget = t.trunk + t.one - 1
         with pytest.raises(Refused, match=r"trunk of tiny does not fit .* Drop experts"):
             await t.ask()
-        assert t.alice.holding.keeps(t.expert(0))
+        assert t.alice.holding.keeps(t.expert(0)) and not t.alice.holding.keeps(t.expert(1))
+        assert Pin.HELD not in t.alice.store.pins.of(t.expert(1))
+        assert packs(t.alice) == {cid_text(t.expert(0))}
 
 
 @trio_test
@@ -280,3 +292,129 @@ async def test_a_model_that_lacks_a_part_of_its_configuration_is_refused_by_name
                 async with t.alice.trunks.use(description, heads, "as-published", silent):
                     pass
             assert refused.value.code is ErrorCode.BAD_MODEL and t.memory.trunks == 0
+
+
+class Meanwhile(dict[int, Callable[[], Awaitable[None]]]):
+    """What is done while a token is computed, by how many positions were before it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enter, loop = Session.enter, trio.lowlevel.current_trio_token()
+
+        def enters(session: Session, ids: Any, here: Any, *given: Any) -> object:
+            do = None if here is None else self.pop(session._cache.length, None)
+            if do is not None:
+                trio.from_thread.run(do, trio_token=loop)
+            return enter(session, ids, here, *given)
+
+        monkeypatch.setattr(Session, "enter", enters)
+
+
+@pytest.mark.parametrize("needs", ["another cache", "another trunk"])
+@trio_test
+async def test_a_request_gets_the_memory_of_placed_experts_when_a_token_is_done(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: str
+) -> None:
+    """Somebody else's answer computes with all of them when it comes."""
+    async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
+        await t.place_all()
+        t.memory.budget = t.trunk + 8 * t.one + POSITION * (len(PROMPT) + 9)
+        description = await t.alice.models.describe(t.model)
+
+        async def trunk() -> None:
+            async with t.alice.trunks.use(description, t.heads, "bfloat16", silent):
+                pass
+
+        async def another() -> None:
+            (computing,) = t.alice.holding.borrowers
+            nursery.start_soon(trunk if needs == "another trunk" else t.ask)
+            while isinstance(computing, Near) and not computing.asked:
+                await trio.lowlevel.checkpoint()
+
+        Meanwhile(monkeypatch)[len(PROMPT) + 3] = another
+        await t.ask(9)
+
+
+@trio_test
+async def test_who_waits_to_compute_does_not_keep_what_others_need(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two answers that take turns, one is always about to compute with every expert."""
+    make_room, tries = Memory.make_room, list[bool]()
+
+    def tried(memory: Memory, size: int, upto: Sort) -> bool:
+        tries.append(make_room(memory, size, upto))
+        return tries[-1]
+
+    async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
+        await t.place_all()
+        t.memory.budget = t.trunk + 8 * t.one + 2 * POSITION * (len(PROMPT) + 900)
+        for _ in range(2):
+            nursery.start_soon(t.ask, 900)
+        while t.alice.compute.statistics().tasks_waiting == 0 or not t.alice.holding.borrowers:
+            await trio.lowlevel.checkpoint()
+        monkeypatch.setattr(Memory, "make_room", tried)
+        await t.alice.holding.load(t.expert(0), precision="bfloat16")
+        assert t.alice.generation.running == 2
+        assert tries.index(True) <= 1  # at once, or after the token that is being computed
+        nursery.cancel_scope.cancel()
+
+
+@trio_test
+async def test_what_cannot_be_loaded_leaves_no_pack(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's model may be refused again and again, and each has files of its own."""
+
+    def refuses_trunk(config: object, tensors: Callable[[str], object], *_: Any, **__: Any) -> None:
+        assert tensors("embed") and tensors("layer0.attention")
+        raise Refused(ErrorCode.BAD_MODEL, "an odd trunk", "it was told so")
+
+    def refuses_expert(*_: Any, **__: Any) -> None:
+        raise Refused(ErrorCode.BAD_MODEL, "an odd expert", "it was told so")
+
+    async with told(tiny, tmp_path) as t:
+        with monkeypatch.context() as patch:
+            patch.setattr("blyan_node.services.trunks.Trunk", refuses_trunk)
+            with pytest.raises(Refused, match="an odd trunk"):
+                await t.ask()
+        assert t.memory.trunks == 0 and packs(t.alice) == set()
+        await t.alice.holding.keep(t.expert(0), Reason.ORDER)
+        with monkeypatch.context() as patch:
+            patch.setattr("blyan_node.services.holding.Expert", refuses_expert)
+            for block, precision in ((t.expert(0), "bfloat16"), (t.expert(1), None)):
+                with pytest.raises(Refused, match="an odd expert"):
+                    await t.alice.holding.load(block, precision=precision)
+        assert t.memory.experts == t.one and packs(t.alice) == {cid_text(t.expert(0))}
+        for narrow in ("bfloat16", "int8"):
+            await t.alice.holding.load(t.expert(2), precision=narrow)
+        assert packs(t.alice) == {cid_text(t.expert(0))}
+
+
+@trio_test
+async def test_a_trunk_that_is_being_loaded_keeps_its_packs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one of the same parts, converted, is let go in the middle of that."""
+    async with told(tiny, tmp_path) as t, trio.open_nursery() as nursery:
+        description, trunks = await t.alice.models.describe(t.model), t.alice.trunks
+        async with trunks.use(description, t.heads, "bfloat16", silent):
+            pass
+        assert not packs(t.alice) & {cid_text(t.heads[Subject("embed")])}
+        loop, trunk, cleared = trio.lowlevel.current_trio_token(), Trunk, trio.Event()
+
+        async def clears() -> None:
+            await trunks._clear()
+            cleared.set()
+
+        async def lets_go() -> None:
+            assert t.memory.make_room(t.memory.budget - t.trunk, Sort.PLACED)
+            nursery.start_soon(clears)
+
+        def reads(*given: Any, **named: Any) -> Trunk:
+            trio.from_thread.run(lets_go, trio_token=loop)
+            return trunk(*given, **named)
+
+        monkeypatch.setattr("blyan_node.services.trunks.Trunk", reads)
+        async with trunks.use(description, t.heads, "as-published", silent):
+            await cleared.wait()
+            assert {cid_text(b) for n, b in t.heads.items() if "exp" not in n} == packs(t.alice)

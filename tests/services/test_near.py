@@ -203,3 +203,37 @@ async def test_between_tokens_experts_are_given_back_to_who_needs_their_memory(
         rows = [entry.peers for entry in result.trace.values()]
         assert sum(sum(peers.values()) for peers in rows) == (len(PROMPT) + NEW - 1) * LAYERS * TOP
         assert not alice.holding.borrowers
+
+
+@trio_test
+async def test_what_comes_and_goes_in_passing_does_not_end_a_visit(
+    tmp_path: Path, hops: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request loads what it needs, again and again: that is nobody's here."""
+    path = make_checkpoint("mixtral", tmp_path / "m")
+    swarm = Swarm(tmp_path)
+    alice = swarm.node("alice", "main")
+    swarm.node("bob")
+    enter, blocks = Session.enter, list[BlockId]()
+    loop = trio.lowlevel.current_trio_token()
+
+    async def load() -> None:
+        holding = alice.holding
+        for block in (blocks.pop(), blocks.pop()):
+            await holding.load(block, precision="bfloat16")
+            holding.memory.budget -= holding.memory.free  # the next one takes its place
+        assert len(holding.held()) == len(ALL) + 1
+
+    def loads(session: Session, *given: Any) -> object:
+        if session._cache.length == len(PROMPT) + 2:
+            trio.from_thread.run(load, trio_token=loop)
+        return enter(session, *given)
+
+    async with swarm.started():
+        await _swarm_of_two(swarm, path, ALL, [])
+        blocks += [held.what.block for held in alice.holding.held()]
+        hops.clear()
+        monkeypatch.setattr(Session, "enter", loads)
+        result = await _answer(alice)
+        assert result.token_ids == open_reference(path).generate(PROMPT, NEW)
+    assert len(blocks) == len(ALL) - 2 and hops[1 + LAYERS :] == ["visit"]

@@ -89,6 +89,22 @@ def workers(result: GenerateResult) -> set[str]:
 
 
 @trio_test
+async def test_a_node_that_asks_for_float32_computes_with_what_it_holds(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    """It comes to the same as what was published, so there is one copy of everything."""
+    async with swarm_of(mixtral, tmp_path, {"alice": ("float32", ALL)}) as swarm:
+        alice = swarm.nodes["alice"]
+        result = await ask(alice)
+        assert result.token_ids == open_reference(mixtral).generate(PROMPT, 10)
+        assert result.profile == PUBLISHED and workers(result) == {alice.peer_id}
+        assert len(alice.holding.held()) == len(ALL)
+        trunks = alice.holding.memory.trunks
+        assert (await ask(alice, "as-published")).token_ids == result.token_ids
+        assert alice.holding.memory.trunks == trunks
+
+
+@trio_test
 async def test_a_swarm_at_int8_equals_the_reference_at_int8(mixtral: Path, tmp_path: Path) -> None:
     nodes: Nodes = {
         "alice": ("int8", []), "bob": ("int8", ALL[::2]), "carol": ("int8", ALL[1::2]),

@@ -1,10 +1,12 @@
 """A call in a thread hands values over without waiting, and its end is seen at once."""
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import trio
+import trio.testing
 
 from blyan_node.services.visit import Over, Visit
 from blyan_node.testing.trio_tests import trio_test
@@ -13,7 +15,7 @@ from protocols.errors import ErrorCode, Refused
 
 @trio_test
 async def test_values_come_in_their_order_and_then_what_became_of_the_call() -> None:
-    limiter, ended = trio.CapacityLimiter(1), list[int]()
+    limiter, seen = trio.CapacityLimiter(1), list[str]()
     visit = Visit[int, str](limiter)
 
     def work() -> str:
@@ -21,12 +23,23 @@ async def test_values_come_in_their_order_and_then_what_became_of_the_call() -> 
             visit.tell(value)
         return "done"
 
-    await visit.start(work, lambda: ended.append(limiter.borrowed_tokens))
+    @contextmanager
+    def turn() -> Iterator[Callable[[], str]]:
+        seen.append("begins")
+        yield work
+        seen.append("ends")
+
+    async with limiter, trio.open_nursery() as nursery:
+        nursery.start_soon(visit.start, turn())
+        await trio.testing.wait_all_tasks_blocked()
+        assert not seen and not visit.under_way
+        limiter.total_tokens = 2
+    assert seen[0] == "begins"
     values = [await visit.take() for _ in range(100)]
     over = await visit.take()
     assert values == list(range(100)) and visit.told == visit.taken == 100
     assert isinstance(over, Over) and over.result() == "done" and not visit.under_way
-    assert ended == [0]
+    assert seen == ["begins", "ends"] and limiter.borrowed_tokens == 0
 
 
 @trio_test
@@ -37,7 +50,7 @@ async def test_what_it_raises_is_raised_to_who_takes() -> None:
         visit.tell(1)
         raise KeyError("there")
 
-    await visit.start(work, lambda: None)
+    await visit.start(nullcontext(work))
     assert await visit.take() == 1
     over = await visit.take()
     assert isinstance(over, Over)
@@ -55,7 +68,7 @@ async def test_the_limiter_is_free_when_the_call_is_over_whoever_takes() -> None
         may_end.wait()
         seen.append(visit.awaited)
 
-    await visit.start(work, lambda: None)
+    await visit.start(nullcontext(work))
     assert not visit.awaited
     async with trio.open_nursery() as nursery:
 
@@ -87,7 +100,7 @@ async def test_leaving_waits_for_a_call_that_sees_it() -> None:
         return count
 
     with trio.CancelScope() as scope:
-        await visit.start(work, lambda: None)
+        await visit.start(nullcontext(work))
         await trio.to_thread.run_sync(begun.wait)
         scope.cancel()
         await visit.leave()  # although nobody may wait here any more
@@ -98,10 +111,16 @@ async def test_leaving_waits_for_a_call_that_sees_it() -> None:
 async def test_who_is_cancelled_in_the_queue_has_begun_nothing() -> None:
     limiter, called = trio.CapacityLimiter(1), list[str]()
     visit = Visit[int, None](limiter)
+
+    @contextmanager
+    def turn() -> Iterator[Callable[[], None]]:
+        called.append("begins")
+        yield lambda: called.append("work")
+
     async with limiter:
         with trio.CancelScope() as scope:
             scope.cancel()
-            await visit.start(lambda: called.append("work"), lambda: called.append("ended"))
+            await visit.start(turn())
     assert scope.cancelled_caught and not called and not visit.under_way
     assert limiter.borrowed_tokens == 0
     await visit.leave()
@@ -118,7 +137,23 @@ async def test_a_bug_is_not_lost_when_nobody_takes(raised: Exception, seen: bool
     def work() -> None:
         raise raised
 
-    await visit.start(work, lambda: None)
+    await visit.start(nullcontext(work))
     with pytest.raises(KeyError) if seen else nullcontext():
         await visit.leave()
     assert not visit.under_way
+
+
+@trio_test
+async def test_what_cannot_begin_keeps_nobody_waiting() -> None:
+    limiter = trio.CapacityLimiter(1)
+    visit = Visit[int, None](limiter)
+
+    @contextmanager
+    def turn() -> Iterator[Callable[[], None]]:
+        raise KeyError("a bug")
+        yield lambda: None
+
+    with pytest.raises(KeyError, match="a bug"):
+        await visit.start(turn())
+    assert not visit.under_way and limiter.borrowed_tokens == 0
+    await visit.leave()
