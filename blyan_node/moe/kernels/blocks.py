@@ -133,7 +133,7 @@ def _finish(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
     b, arguments = emit.define(module, f"finish_{storage.name}", places)
     matrix, totals, rows, y, y_stride, column, width = arguments
     done = emit.slot(b, I64, emit.word(0))
-    for count in (4, 1):
+    for count in (COLUMNS, 4, 1):
         with emit.steps(b, done, width, count) as number:
             here, kind = b.add(column, number), emit.vector(FLOAT, count)
             given = tile.factors(b, matrix, here, count)
