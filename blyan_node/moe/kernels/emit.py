@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from llvmlite import ir
 
 DOUBLE, FLOAT, HALF = ir.DoubleType(), ir.FloatType(), ir.HalfType()
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
 
@@ -97,9 +97,9 @@ def keep_order(b: ir.IRBuilder) -> None:
     b.fence("seq_cst", "singlethread")
 
 
-def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Asks for the cache line there, for reading, in the second level; any address will do."""
-    flags = [ir.Constant(I32, value) for value in (0, 2, 1)]
+def prefetch(b: ir.IRBuilder, address: ir.Value, level: int = 2) -> None:
+    """Asks for the cache line there, for reading, in that level; any address will do."""
+    flags = [ir.Constant(I32, value) for value in (0, 4 - level, 1)]
     intrinsic(b, "llvm.prefetch.p0", VOID, [address, *flags])
 
 
@@ -133,6 +133,24 @@ def counting(
     first = word(first) if isinstance(first, int) else first
     with steps(b, slot(b, I64, first), last, step) as index:
         yield index
+
+
+@contextmanager
+def approaching(b: ir.IRBuilder, length: ir.Value, step: int) -> Iterator[ir.Value]:
+    """Repeats what is inside for -length, -length + step … -step, one at least; yields the index.
+
+    With addresses of ends it takes two instructions a turn where `counting` takes four.
+    """
+    cell = slot(b, I64, b.neg(length))
+    body, done = (b.append_basic_block(name) for name in ("body", "done"))
+    b.branch(body)
+    b.position_at_end(body)
+    index = b.load(cell, typ=I64)
+    yield index
+    following = b.add(index, word(step))
+    b.store(following, cell)
+    b.cbranch(b.icmp_signed("!=", following, word(0)), body, done)
+    b.position_at_end(done)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from blyan_node.moe.kernels.storages import Parts, Storage
 from blyan_node.moe.kernels.targets import Target
 
 LINE_BYTES = 64
+_FACTORS = "scales", "biases"
 
 ARGUMENTS = (
     ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
@@ -249,21 +250,32 @@ def finish(
 ) -> None:
     """Adds up each pair, scales it, adds its bias and writes it."""
     column, columns = span
-    scales = rows_of(b, matrix, "scales", column, columns)
-    biases = rows_of(b, matrix, "biases", column, columns)
     offset = b.shl(column, emit.word(2))
     first = 0
     while first < columns:
         count = 1 << ((columns - first).bit_length() - 1)
-        group = range(first, first + count)
-        scale, bias = (_gather(b, [rows[j] for j in group]) for rows in (scales, biases))
+        given = factors(b, matrix, b.add(column, emit.word(first)), count)
         for row, y in enumerate(ys):
-            value = sums.totals(b, row, group)
-            if storage.unit != 1.0:
-                value = b.fmul(value, emit.constant(value.type, storage.unit))
-            value = b.fadd(b.fmul(value, scale), bias)
-            emit.store(b, order.one_nan(b, value), y, b.add(offset, emit.word(4 * first)))
+            value = output(b, storage, sums.totals(b, row, range(first, first + count)), given)
+            emit.store(b, value, y, b.add(offset, emit.word(4 * first)))
         first += count
+
+
+Factors = tuple[ir.Value, ir.Value]
+
+
+def factors(b: ir.IRBuilder, matrix: ir.Value, column: ir.Value, columns: int) -> Factors:
+    """The scales and biases of some columns."""
+    scales, biases = (_gather(b, rows_of(b, matrix, name, column, columns)) for name in _FACTORS)
+    return scales, biases
+
+
+def output(b: ir.IRBuilder, storage: Storage, totals: ir.Value, given: Factors) -> ir.Value:
+    """The outputs with these sums."""
+    scales, biases = given
+    if storage.unit != 1.0:
+        totals = b.fmul(totals, emit.constant(totals.type, storage.unit))
+    return order.one_nan(b, b.fadd(b.fmul(totals, scales), biases))
 
 
 def _gather(b: ir.IRBuilder, addresses: Sequence[ir.Value]) -> ir.Value:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
 
-from blyan_node.moe.kernels import blocks, compiler, emit, library, tile
+from blyan_node.moe.kernels import (
+    block_sums,
+    block_weights,
+    blocks,
+    compiler,
+    emit,
+    library,
+    tile,
+)
 from blyan_node.moe.kernels.library import Kernels
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.storages import STORAGES
@@ -133,12 +141,15 @@ def _run(
 
 def _blocks_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums of earlier blocks are forgotten."""
-    add = blocks._Strip.add
+    call = ir.IRBuilder.call
 
-    def forgetting(self, x, stride, span):  # type: ignore[no-untyped-def]
-        add(self, x, stride, (emit.word(0), span[1]))
+    def forgetting(b, function, given, *rest):  # type: ignore[no-untyped-def]
+        for argument, number in zip(function.args, range(len(given)), strict=True):
+            if argument.name == "begins":
+                given[number] = emit.constant(emit.I1, 1)
+        return call(b, function, given, *rest)
 
-    monkeypatch.setattr(blocks._Strip, "add", forgetting)
+    monkeypatch.setattr(ir.IRBuilder, "call", forgetting)
 
 
 def _tail_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +163,13 @@ def _tail_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
         for at in range(0, 32 * size, 4):
             emit.store(b, emit.load(b, emit.I32, start, at), block, at)
 
-    monkeypatch.setattr(blocks, "pad", pad)
+    for module in (blocks, block_weights):
+        monkeypatch.setattr(module, "pad", pad)
 
 
 def _registers_in_the_wrong_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of the partial sums is taken where the first one lies."""
-    monkeypatch.setattr(blocks, "_PAIR_BYTES", 32)
+    monkeypatch.setattr(block_sums, "_PAIR_BYTES", 32)
 
 
 @pytest.mark.parametrize(
