@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 import trio
 
+from blyan_node.allocation import give_back_after
 from blyan_node.config import Config
 from blyan_node.identity import load_identity, load_psk
 from blyan_node.in_use import InUse
@@ -254,6 +255,7 @@ async def _serve(app: App, on_ready: Callable[[App], None]) -> None:
             await nursery.start(service.run)
         await nursery.start(app.texts.run)
         await nursery.start(app.metrics.run, _pages(app))
+        nursery.start_soon(give_back_after, app.holding.memory.copying)
         await nursery.start(RpcServer(app.config.rpc, handlers(app), app.tally).run)
         on_ready(app)
 

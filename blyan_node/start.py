@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from blyan_node.allocation import give_back_what_is_large
 from blyan_node.config import Config
 from blyan_node.home import create_home, is_home, open_home
 from blyan_node.logs import JsonLines, start_logging
@@ -55,7 +54,6 @@ def start(
     config = read()
     lines = start_logging(config.log_level, as_json=as_json)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
-    give_back_what_is_large()
     try:
         trio.run(_serve, config, read, lines)
     except ExceptionGroup as group:

@@ -262,7 +262,7 @@ class Holding:
             self.memory.experts -= size
             raise
         self.memory.experts -= size - expert.bytes
-        self.memory.copied += expert.copied
+        self.memory.copies(expert.copied)
         self._held[key] = Held(what, precision, expert, config.hidden, expert.bytes, reason)
         log.info(
             "loaded layer %d expert %d as %s (%s)",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from blyan_node.services.changes import Changes
 from protocols.errors import ErrorCode, Refused
 
 
@@ -30,19 +31,29 @@ Lend = Callable[[int], None]
 
 @dataclass
 class Memory:
-    """The budget in bytes, and what is taken of it. `copied` counts what loading copied so far."""
+    """The budget in bytes, and what is taken of it.
+
+    `copied` counts what loading copied so far; `copying` tells of it.
+    """
 
     budget: int
     experts: int = 0
     trunks: int = 0
     caches: int = 0
     copied: int = 0
+    copying: Changes = field(default_factory=Changes)
     _lenders: dict[Sort, Lend] = field(default_factory=dict)
 
     @property
     def free(self) -> int:
         """Bytes that nothing takes."""
         return self.budget - self.experts - self.trunks - self.caches
+
+    def copies(self, size: int) -> None:
+        """Counts what loading has copied."""
+        self.copied += size
+        if size > 0:
+            self.copying.tell()
 
     def lender(self, sort: Sort, lend: Lend) -> None:
         """Registers who lets go of what is of this sort."""

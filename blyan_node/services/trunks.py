@@ -126,7 +126,7 @@ class Trunks:
             await self._clear()
             raise
         memory.trunks -= size - trunk.bytes
-        memory.copied += trunk.copied
+        memory.copies(trunk.copied)
         converted = {parts[subject] for subject in trunk.converted}
         self._reading, self._gone = blocks - converted, self._gone | converted
         return trunk
