@@ -146,13 +146,10 @@ class _Pairs:
         """Adds those of 32 products that are added to this register."""
         b, size = self._b, self._bytes
         for part in range(register * size, 4 * order.BLOCK, self.registers * size):
-            ws = [
-                emit.load(b, self._kind, weights, 4 * DEPTH * column + part)
-                for column in range(self._columns)
-            ]
-            for row, x in enumerate(xs):
-                value = emit.load(b, self._kind, x, part)
-                for column, w in enumerate(ws):
+            values = [emit.load(b, self._kind, x, part) for x in xs]
+            for column in range(self._columns):
+                w = emit.load(b, self._kind, weights, 4 * DEPTH * column + part)
+                for row, value in enumerate(values):
                     slot = self._slots[row, column]
                     b.store(emit.fma(b, value, w, b.load(slot, typ=self._kind)), slot)
             # Left to itself LLVM loads for the next part first and runs out of registers.

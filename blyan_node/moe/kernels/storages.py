@@ -13,7 +13,6 @@ from llvmlite import ir
 
 from blyan_node.moe.kernels import emit
 from blyan_node.moe.kernels.emit import FLOAT, HALF, I8, I16, I32, I64, constant, vector
-from blyan_node.moe.kernels.order import BLOCK
 
 # Part p of a block: a register with its weights p * lanes, p * lanes + 1, …
 Parts = Callable[[int], ir.Value]
@@ -39,12 +38,11 @@ class Storage:
     `scale` points to the block's scale in a storage that has a `grid` of them. `effort` is 0
     for weights that need no work to become float32, 1 for little and 2 for much. Those of
     checkpoints are also read `by_columns`. `alone` is a faster form for one row, where a register
-    has 8 lanes: it gives sixteen weights not by index but in the order `deal`. A tile of one row
-    walks k by `step`: with fewer products at once no register is put aside.
+    has 8 lanes: it gives sixteen weights not by index but in the order `deal`.
     Weights are asked for while those `ahead` bytes before them are read: measured, with one row of
     each. For one row, those whose depth is at most `streamed` are read one output after another and
-    not asked for: a processor foresees one stream best. In longer ones each sum would wait for
-    itself.
+    not asked for: a processor foresees one stream best. With longer ones the row itself would not
+    stay in the first-level cache from one output to the next.
     """
 
     name: str
@@ -56,7 +54,6 @@ class Storage:
     by_columns: bool = False
     alone: "Storage | None" = None
     deal: Sequence[int] = ()
-    step: int = BLOCK
     ahead: int = 16 * 1024
     streamed: int = 0
 
@@ -232,12 +229,14 @@ _MXFP4_ALONE = Storage(
     deal=(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
 )  # fmt: skip
 
+_STREAMED = 3072
+
 STORAGES = {
     storage.name: storage
     for storage in (
-        Storage("float32", 32, _float32, 0, by_columns=True, streamed=3072),
-        Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, step=16),
-        Storage("float16", 16, _float16, 1, by_columns=True, step=16),
+        Storage("float32", 32, _float32, 0, by_columns=True, streamed=_STREAMED),
+        Storage("bfloat16", 16, _bfloat16, 1, by_columns=True, streamed=_STREAMED),
+        Storage("float16", 16, _float16, 1, by_columns=True, streamed=_STREAMED),
         Storage("int8", 8, _int8, 1),
         Storage("fp8", 8, _fp8, 2, unit=256.0),
         Storage("fp8_blocks", 8, _fp8_blocks, 2, grid=Grid(128, 128, 4)),

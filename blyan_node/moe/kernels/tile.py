@@ -18,6 +18,7 @@ from blyan_node.moe.kernels.storages import Parts, Storage
 from blyan_node.moe.kernels.targets import Target
 
 LINE_BYTES = 64
+_STREAMS = 4  # columns of a single row that are finished together
 _FACTORS = "scales", "biases"
 
 ARGUMENTS = (
@@ -36,26 +37,29 @@ def product(
     """
     b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
-    tiles: dict[tuple[int, int], ir.Function] = {}
+    tiles: dict[tuple[tuple[int, int], bool], ir.Function] = {}
     shapes = target.tiles[storage.effort]
     if storage.alone is not None and alone.helps(target):
         form, width = storage.alone, shapes.few[1][1]
         makers = {n: _tile(module, form, target, (1, n)) for n in (width, 1)}
         alone.one_row(b, target, form, arguments, field(b, matrix, "depth"), makers)
 
-    def sweep(columns: ir.Value, heights: Sequence[int], width: int) -> None:
+    def sweep(
+        columns: ir.Value, heights: Sequence[int], width: int, *, streamed: bool = False
+    ) -> None:
         """Covers what is left of the columns, `width` at a time, by tiles of these heights."""
         with emit.steps(b, columns, last, width) as column:
             done = emit.slot(b, I64, emit.word(0))
             for height in heights:
                 with emit.steps(b, done, rows, height) as row:
-                    if (height, width) not in tiles:
-                        tiles[height, width] = _tile(module, storage, target, (height, width))
+                    kind = (height, width), streamed
+                    if kind not in tiles:
+                        tiles[kind] = _tile(module, storage, target, kind[0], streamed=streamed)
                     x_row = emit.at(b, x, b.mul(row, x_stride))
                     y_row = emit.at(b, y, b.mul(row, y_stride))
                     again = b.icmp_signed("!=", row, emit.word(0))
                     places = [matrix, x_row, x_stride, y_row, y_stride, column, again]
-                    b.call(tiles[height, width], places)
+                    b.call(tiles[kind], places)
 
     if many is not None:
         least = target.many[storage.effort]
@@ -69,7 +73,8 @@ def product(
         single = b.icmp_signed("==", rows, emit.word(1))
         short = b.icmp_signed("<=", field(b, matrix, "depth"), emit.word(storage.streamed))
         with b.if_then(b.and_(single, short)):
-            sweep(columns, [1], 1)
+            sweep(columns, [1], _STREAMS, streamed=True)
+            sweep(columns, [1], 1, streamed=True)
     for rows_here, (height, width) in sorted(shapes.few.items()):
         with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
             sweep(columns, [height], width)
@@ -110,17 +115,20 @@ class Registers:
         ]
         return Registers(slots, lanes, deal)
 
+    def of(self, column: int) -> "Registers":
+        """Those of one column, the same slots."""
+        return Registers([[row[column]] for row in self.slots], self.lanes, self.deal)
+
     def add_block(
         self,
         b: ir.IRBuilder,
         xs: Sequence[ir.Value],
         weights: Sequence[Parts],
-        count: int = order.BLOCK,
     ) -> None:
-        """Adds 32 products to each pair, or 16; `xs` point to the rows' values of this block."""
+        """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
         kind = emit.vector(FLOAT, self.lanes)
         registers = order.PARTIAL_SUMS // self.lanes
-        for part in range(count // self.lanes):
+        for part in range(order.BLOCK // self.lanes):
             for column, weight in enumerate(weights):
                 w = weight(part)
                 for row, x in zip(self.slots, xs, strict=True):
@@ -142,13 +150,21 @@ class Registers:
 
 
 def _tile(
-    module: ir.Module, storage: Storage, target: Target, shape: tuple[int, int]
+    module: ir.Module,
+    storage: Storage,
+    target: Target,
+    shape: tuple[int, int],
+    *,
+    streamed: bool = False,
 ) -> ir.Function:
-    """The outputs of `shape` (rows, columns) from column `column` on."""
+    """The outputs of `shape` (rows, columns) from column `column` on.
+
+    Columns that are `streamed` are read one after another, not side by side.
+    """
     rows, columns = shape
     b, arguments = emit.define(
         module,
-        f"tile_{storage.name}_{rows}x{columns}",
+        f"{'stream' if streamed else 'tile'}_{storage.name}_{rows}x{columns}",
         (("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("y", POINTER),
          ("y_stride", I64), ("column", I64), ("again", ir.IntType(1))),
     )  # fmt: skip
@@ -156,34 +172,53 @@ def _tile(
     xs = [emit.at(b, x, b.mul(x_stride, emit.word(row))) for row in range(rows)]
     weights = rows_of(b, matrix, "weights", column, columns)
     scales = scales_of(b, storage, matrix, column, columns)
+    places = list(zip(weights, scales, strict=True))
     sums = Registers.zero(b, rows, columns, target.lanes, storage.deal)
-    ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
     depth = field(b, matrix, "depth")
-    k_cell = emit.slot(b, I64, emit.word(0))
     whole = b.and_(depth, emit.word(-order.BLOCK))
-    step = storage.step if rows == 1 else order.BLOCK
-    with emit.steps(b, k_cell, whole, step) as k:
-        parts = []
-        if columns > 1 or not storage.streamed:
-            # The rows of a tile that is ahead lie one after another: they are asked for so.
-            so_far = length(b, storage, b.mul(k, emit.word(columns)))
-            coming = emit.at(b, weights[0], b.add(ahead, so_far))
-            for line in range(0, storage.bytes(step) * columns, LINE_BYTES):
-                emit.prefetch(b, emit.at(b, coming, line))
-        for weight, scale in zip(weights, scales, strict=True):
-            block = emit.at(b, weight, length(b, storage, k))
-            parts.append(storage.read(b, block, storage.scale_at(b, scale, k), target.lanes))
-        here = [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs]
-        sums.add_block(b, here, parts, step)
-    done = b.load(k_cell, typ=I64)
+    if streamed:
+        for number, place in enumerate(places):
+            _walk(b, storage, sums.of(number), xs, [place], whole)
+    else:
+        ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
+        _walk(b, storage, sums, xs, places, whole, ahead)
     if storage.bits >= 8 and not storage.deal:
-        with b.if_then(b.icmp_signed("<", done, depth), likely=False):
-            places = zip(weights, (storage.scale_at(b, one, done) for one in scales), strict=True)
-            _add_remainder(b, storage, sums, xs, list(places), (done, depth))
+        with b.if_then(b.icmp_signed("<", whole, depth), likely=False):
+            ends = [(weight, storage.scale_at(b, scale, whole)) for weight, scale in places]
+            _add_remainder(b, storage, sums, xs, ends, (whole, depth))
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
     finish(b, storage, matrix, sums, ys, (column, columns))
     b.ret_void()
     return b.function
+
+
+def _walk(
+    b: ir.IRBuilder,
+    storage: Storage,
+    sums: Registers,
+    xs: Sequence[ir.Value],
+    places: Sequence[tuple[ir.Value, ir.Value]],
+    whole: ir.Value,
+    ahead: ir.Value | None = None,
+) -> None:
+    """Adds the products of all k before `whole`, columns side by side.
+
+    `places` are addresses of columns' first weights, each with that of its first scale. Meanwhile
+    it asks for what lies `ahead` bytes on.
+    """
+    with emit.counting(b, whole, order.BLOCK) as k:
+        parts = []
+        if ahead is not None:
+            # The rows of a tile that is ahead lie one after another: they are asked for so.
+            so_far = length(b, storage, b.mul(k, emit.word(len(places))))
+            coming = emit.at(b, places[0][0], b.add(ahead, so_far))
+            for line in range(0, storage.bytes(order.BLOCK) * len(places), LINE_BYTES):
+                emit.prefetch(b, emit.at(b, coming, line))
+        for weight, scale in places:
+            block = emit.at(b, weight, length(b, storage, k))
+            parts.append(storage.read(b, block, storage.scale_at(b, scale, k), sums.lanes))
+        here = [emit.at(b, row, b.shl(k, emit.word(2))) for row in xs]
+        sums.add_block(b, here, parts)
 
 
 def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:
