@@ -8,7 +8,7 @@ each partial sum has the operands and the order that it has in `tile`.
 
 from llvmlite import ir
 
-from blyan_node.moe.kernels import block_sums, block_weights, emit, fields, order, tile
+from blyan_node.moe.kernels import block_sums, block_weights, emit, fields, order, outputs, tile
 from blyan_node.moe.kernels.block_sums import SUMS_BYTES, TOTALS_BYTES
 from blyan_node.moe.kernels.block_weights import COLUMNS, DEPTH
 from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
@@ -136,13 +136,13 @@ def _finish(module: ir.Module, storage: Storage, target: Target) -> ir.Function:
     for count in (COLUMNS, 4, 1):
         with emit.steps(b, done, width, count) as number:
             here, kind = b.add(column, number), emit.vector(FLOAT, count)
-            given = tile.factors(b, matrix, here, count)
+            given = outputs.factors(b, matrix, here, count)
             mine, ys = (
                 emit.at(b, p, b.shl(n, emit.word(2))) for p, n in ((totals, number), (y, here))
             )
             with emit.counting(b, rows) as row:
                 sums = emit.load(b, kind, mine, b.mul(row, emit.word(TOTALS_BYTES)))
-                value = tile.output(b, storage, sums, given)
+                value = outputs.output(b, storage, sums, given)
                 emit.store(b, value, ys, b.mul(row, y_stride))
     b.ret_void()
     return b.function

@@ -15,9 +15,10 @@ from blyan_node.moe.kernels.fields import field, rows_of
 from blyan_node.moe.kernels.integers import look_up, products
 from blyan_node.moe.kernels.order import BLOCK, PARTIAL_SUMS
 from blyan_node.moe.kernels.quantising import make_blocks_whole
+from blyan_node.moe.kernels.registers import Registers
 from blyan_node.moe.kernels.storages import powers_of_two
 from blyan_node.moe.kernels.targets import Target
-from blyan_node.moe.kernels.tile import LINE_BYTES, Registers
+from blyan_node.moe.kernels.tile import LINE_BYTES
 from blyan_node.moe.kernels.whole import LONGEST, Rows, Rule
 
 _LANES = 8

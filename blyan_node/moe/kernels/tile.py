@@ -5,21 +5,19 @@ if it were alone: tiles, their remainders and the columns that a thread takes le
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from llvmlite import ir
 
 from blyan_node.moe.kernels import alone, emit, order
-from blyan_node.moe.kernels.emit import FLOAT, I64, POINTER
+from blyan_node.moe.kernels.emit import I64, POINTER
 from blyan_node.moe.kernels.fields import field, length, rows_of, scales_of
-from blyan_node.moe.kernels.padding import padded
-from blyan_node.moe.kernels.storages import Parts, Storage
+from blyan_node.moe.kernels.outputs import finish
+from blyan_node.moe.kernels.registers import Registers, add_remainder
+from blyan_node.moe.kernels.storages import Storage
 from blyan_node.moe.kernels.targets import Target
 
 LINE_BYTES = 64
 _STREAMS = 4  # columns of a single row that are finished together
-_FACTORS = "scales", "biases"
 
 ARGUMENTS = (
     ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
@@ -86,69 +84,6 @@ def product(
     return b.function
 
 
-class Sums(Protocol):
-    """The partial sums of pairs, wherever they are."""
-
-    def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
-        """The sums of one row's pairs."""
-
-
-@dataclass(frozen=True)
-class Registers:
-    """The stack slots of a tile's partial sums: `slots[row][column][register]`."""
-
-    slots: list[list[list[ir.Value]]]
-    lanes: int
-    deal: Sequence[int] = ()  # which sums the lanes have, if not in their order
-
-    @staticmethod
-    def zero(
-        b: ir.IRBuilder, rows: int, columns: int, lanes: int, deal: Sequence[int] = ()
-    ) -> "Registers":
-        """Sums of nothing."""
-        kind = emit.vector(FLOAT, lanes)
-        zero = emit.constant(kind, 0.0)
-        count = order.PARTIAL_SUMS // lanes
-        slots = [
-            [[emit.slot(b, kind, zero) for _ in range(count)] for _ in range(columns)]
-            for _ in range(rows)
-        ]
-        return Registers(slots, lanes, deal)
-
-    def of(self, column: int) -> "Registers":
-        """Those of one column, the same slots."""
-        return Registers([[row[column]] for row in self.slots], self.lanes, self.deal)
-
-    def add_block(
-        self,
-        b: ir.IRBuilder,
-        xs: Sequence[ir.Value],
-        weights: Sequence[Parts],
-    ) -> None:
-        """Adds 32 products to each pair; `xs` point to the rows' values of this block."""
-        kind = emit.vector(FLOAT, self.lanes)
-        registers = order.PARTIAL_SUMS // self.lanes
-        for part in range(order.BLOCK // self.lanes):
-            for column, weight in enumerate(weights):
-                w = weight(part)
-                for row, x in zip(self.slots, xs, strict=True):
-                    value = emit.load(b, kind, x, 4 * self.lanes * part)
-                    place = row[column][part % registers]
-                    b.store(emit.fma(b, value, w, b.load(place, typ=kind)), place)
-            # Left to itself LLVM loads for the next part first and runs out of registers.
-            emit.keep_order(b)
-
-    def totals(self, b: ir.IRBuilder, row: int, columns: Sequence[int]) -> ir.Value:
-        """The sums of one row's pairs."""
-        kind = emit.vector(FLOAT, self.lanes)
-        pairs = [[b.load(s, typ=kind) for s in self.slots[row][column]] for column in columns]
-        if self.deal:
-            places = [self.deal.index(number) for number in range(order.PARTIAL_SUMS)]
-            halves = places[: self.lanes], places[self.lanes :]
-            pairs = [[emit.pick(b, low, high, half) for half in halves] for low, high in pairs]
-        return order.total(b, [order.halve(b, pair) for pair in pairs])
-
-
 def _tile(
     module: ir.Module,
     storage: Storage,
@@ -185,7 +120,7 @@ def _tile(
     if storage.bits >= 8 and not storage.deal:
         with b.if_then(b.icmp_signed("<", whole, depth), likely=False):
             ends = [(weight, storage.scale_at(b, scale, whole)) for weight, scale in places]
-            _add_remainder(b, storage, sums, xs, ends, (whole, depth))
+            add_remainder(b, storage, sums, xs, ends, (whole, depth))
     ys = [emit.at(b, y, b.mul(y_stride, emit.word(row))) for row in range(rows)]
     finish(b, storage, matrix, sums, ys, (column, columns))
     b.ret_void()
@@ -225,97 +160,3 @@ def _ahead(b: ir.IRBuilder, matrix: ir.Value, columns: int) -> ir.Value:
     """The distance in bytes to the same place in a tile that is a while ahead."""
     tile = b.mul(field(b, matrix, "weights_stride"), emit.word(columns))
     return b.mul(tile, field(b, matrix, "tiles_ahead"))
-
-
-def _add_remainder(
-    b: ir.IRBuilder,
-    storage: Storage,
-    sums: Registers,
-    xs: Sequence[ir.Value],
-    weights: Sequence[tuple[ir.Value, ir.Value]],
-    span: tuple[ir.Value, ir.Value],
-) -> None:
-    """Adds the block that depth ends in, pair by pair; few models have one.
-
-    `weights` are addresses of columns' first weights, each with that of the block's scale.
-    """
-    done, depth = span
-    left = b.sub(depth, done)
-    name = f"remainder_{storage.name}"
-    function = b.module.globals.get(name) or _remainder(b.module, name, storage, sums.lanes)
-    kind = emit.vector(FLOAT, sums.lanes)
-    place = emit.slot(b, ir.ArrayType(FLOAT, order.PARTIAL_SUMS))
-    for row, x in zip(sums.slots, xs, strict=True):
-        x_left = emit.at(b, x, b.shl(done, emit.word(2)))
-        for pair, (weight, scale) in zip(row, weights, strict=True):
-            w_left = emit.at(b, weight, b.mul(done, emit.word(storage.bytes(1))))
-            for number, register in enumerate(pair):
-                emit.store(b, b.load(register, typ=kind), place, 4 * sums.lanes * number)
-            b.call(function, [place, x_left, w_left, scale, left])
-            for number, register in enumerate(pair):
-                b.store(emit.load(b, kind, place, 4 * sums.lanes * number), register)
-
-
-def _remainder(module: ir.Module, name: str, storage: Storage, lanes: int) -> ir.Function:
-    """Adds `left` products, as if zeros followed, to the sums at `place`.
-
-    Reads nothing beyond the rows.
-    """
-    pointers = ((argument, POINTER) for argument in ("place", "x", "weight", "scale"))
-    b, (place, x, weight, scale, left) = emit.define(module, name, (*pointers, ("left", I64)))
-    sums, kind = Registers.zero(b, 1, 1, lanes), emit.vector(FLOAT, lanes)
-    ((registers,),) = sums.slots
-    for number, register in enumerate(registers):
-        b.store(emit.load(b, kind, place, 4 * lanes * number), register)
-    block = padded(b, weight, left, storage.bytes(1))
-    sums.add_block(b, [padded(b, x, left, 4)], [storage.read(b, block, scale, lanes)])
-    for number, register in enumerate(registers):
-        emit.store(b, b.load(register, typ=kind), place, 4 * lanes * number)
-    b.ret_void()
-    return b.function
-
-
-def finish(
-    b: ir.IRBuilder,
-    storage: Storage,
-    matrix: ir.Value,
-    sums: Sums,
-    ys: Sequence[ir.Value],
-    span: tuple[ir.Value, int],
-) -> None:
-    """Adds up each pair, scales it, adds its bias and writes it."""
-    column, columns = span
-    offset = b.shl(column, emit.word(2))
-    first = 0
-    while first < columns:
-        count = 1 << ((columns - first).bit_length() - 1)
-        given = factors(b, matrix, b.add(column, emit.word(first)), count)
-        for row, y in enumerate(ys):
-            value = output(b, storage, sums.totals(b, row, range(first, first + count)), given)
-            emit.store(b, value, y, b.add(offset, emit.word(4 * first)))
-        first += count
-
-
-Factors = tuple[ir.Value, ir.Value]
-
-
-def factors(b: ir.IRBuilder, matrix: ir.Value, column: ir.Value, columns: int) -> Factors:
-    """The scales and biases of some columns."""
-    scales, biases = (_gather(b, rows_of(b, matrix, name, column, columns)) for name in _FACTORS)
-    return scales, biases
-
-
-def output(b: ir.IRBuilder, storage: Storage, totals: ir.Value, given: Factors) -> ir.Value:
-    """The outputs with these sums."""
-    scales, biases = given
-    if storage.unit != 1.0:
-        totals = b.fmul(totals, emit.constant(totals.type, storage.unit))
-    return order.one_nan(b, b.fadd(b.fmul(totals, scales), biases))
-
-
-def _gather(b: ir.IRBuilder, addresses: Sequence[ir.Value]) -> ir.Value:
-    """A vector of the float32 at each address."""
-    value = ir.Constant(emit.vector(FLOAT, len(addresses)), ir.Undefined)
-    for lane, address in enumerate(addresses):
-        value = b.insert_element(value, emit.load(b, FLOAT, address), ir.Constant(emit.I32, lane))
-    return value

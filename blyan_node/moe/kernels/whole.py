@@ -13,9 +13,10 @@ from blyan_node.moe.kernels import emit
 from blyan_node.moe.kernels.emit import FLOAT, I16, I64, POINTER
 from blyan_node.moe.kernels.fields import field
 from blyan_node.moe.kernels.order import BLOCK
+from blyan_node.moe.kernels.outputs import Sums, finish
 from blyan_node.moe.kernels.storages import Storage
 from blyan_node.moe.kernels.targets import Target
-from blyan_node.moe.kernels.tile import ARGUMENTS, LINE_BYTES, Sums, finish
+from blyan_node.moe.kernels.tile import ARGUMENTS, LINE_BYTES
 
 LONGEST = 1 << 16  # values of a row
 

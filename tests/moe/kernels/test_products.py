@@ -11,7 +11,7 @@ import pytest
 import torch
 from llvmlite import ir
 
-from blyan_node.moe.kernels import compiler, emit, order, tile
+from blyan_node.moe.kernels import compiler, emit, order, registers, tile
 from blyan_node.moe.kernels.library import LINEAR, Kernels
 from blyan_node.moe.kernels.matrix import Matrix
 from blyan_node.moe.kernels.storages import STORAGES
@@ -66,15 +66,18 @@ def test_the_reference_for_arrays_is_the_one_of_the_page(depth: int) -> None:
     assert _same(found, np.array(expected, np.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("depth", [*DEPTHS, LONGEST_STREAM, LONGEST_STREAM + 1])
-def test_every_shape_equals_the_reference(kernels: Kernels, depth: int) -> None:
+def test_every_shape_equals_the_reference(
+    kernels: Kernels, depth: int, dtype: torch.dtype
+) -> None:
     random = np.random.default_rng(depth)
-    x, w = _rows(random, 11, depth), _rows(random, 13, depth)
-    expected = products(x, w)
+    x = _rows(random, 11, depth)
+    w = torch.from_numpy(_rows(random, 13, depth) * np.float32(1e-3)).to(dtype)
+    expected = products(x, w.float().numpy())
     for rows in (1, 2, 3, 4, 5, 6, 7, 11):
         for outs in (1, 2, 3, 4, 5, 8, 13):
-            matrix = Matrix("float32", (outs, depth), torch.from_numpy(w[:outs]))
-            found = kernels.linear(torch.from_numpy(x[:rows]), matrix)
+            found = kernels.linear(torch.from_numpy(x[:rows]), Matrix.of(w[:outs]))
             assert _same(found.numpy(), expected[:rows, :outs]), (rows, outs)
 
 
@@ -130,12 +133,12 @@ def _tree_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _remainder_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile, "_add_remainder", lambda *arguments: None)
+    monkeypatch.setattr(tile, "add_remainder", lambda *arguments: None)
 
 
 def _padding_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The block that depth ends in is not continued with zeros but with what follows."""
-    monkeypatch.setattr(tile, "padded", lambda b, start, count, size: start)
+    monkeypatch.setattr(registers, "padded", lambda b, start, count, size: start)
 
 
 def _blocks_of_half_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
