@@ -16,11 +16,14 @@ from blyan_node.moe.kernels.order import BLOCK
 from blyan_node.moe.kernels.padding import padded
 from blyan_node.moe.kernels.quantising import make_whole
 from blyan_node.moe.kernels.targets import Target
+from blyan_node.moe.kernels.tile import LINE_BYTES
 from blyan_node.moe.kernels.whole import LONGEST, Rows, Rule
 
 # Two products of 128 · 2^15 each, 128 times, are below 2^31.
 _CHUNK = 128 * 16
 _UNROLLED = 4  # blocks at a time, of one row
+# Of one row's columns, short ones end before a processor foresees the next: they are asked for.
+_SHORT, _AHEAD = 1024, 12 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ def _add(
     slots = [[emit.slot(b, wide, constant(wide, 0)) for _ in weights] for _ in rows.numbers]
     if len(slots) == 1:
         for weight, slot in zip(weights, slots[0], strict=True):
-            _add_stream(b, target, depth, rows.numbers, [weight], [[slot]])
+            _add_columns(b, target, depth, rows.numbers, [weight], [[slot]])
     else:
-        _add_stream(b, target, depth, rows.numbers, weights, slots)
+        _add_columns(b, target, depth, rows.numbers, weights, slots)
     return _Totals(slots, rows)
 
 
-def _add_stream(
+def _add_columns(
     b: ir.IRBuilder,
     target: Target,
     depth: ir.Value,
@@ -80,11 +83,15 @@ def _add_stream(
 ) -> None:
     """Adds the products of rows and columns to `slots`, by row and column."""
     whole = b.and_(depth, emit.word(-BLOCK))
+    short = b.icmp_signed("<=", depth, emit.word(_SHORT))
     with emit.spans(b, emit.word(0), whole, _CHUNK) as (start, length):
         sums = _zeros(b, len(xs), len(weights))
         done = emit.slot(b, I64, emit.word(0))
         for step in (_UNROLLED * BLOCK, BLOCK) if len(xs) == 1 else (BLOCK,):
             with emit.steps(b, done, length, step) as offset:
+                if len(xs) == 1:
+                    with b.if_then(short):
+                        _ask(b, emit.at(b, weights[0], b.add(start, offset)), step)
                 for block in range(0, step, BLOCK):
                     k = b.add(start, b.add(offset, emit.word(block)))
                     _add_block(b, target, sums, xs, [emit.at(b, w, k) for w in weights], k)
@@ -95,6 +102,12 @@ def _add_stream(
         ends = [padded(b, emit.at(b, w, whole), left, 1) for w in weights]
         _add_block(b, target, sums, xs, ends, whole)
         _add_up(b, sums, slots)
+
+
+def _ask(b: ir.IRBuilder, place: ir.Value, size: int) -> None:
+    """Asks for what lies ahead of the `size` weights there."""
+    for line in range(0, size, LINE_BYTES):
+        emit.prefetch(b, emit.at(b, place, _AHEAD + line))
 
 
 def _zeros(b: ir.IRBuilder, rows: int, columns: int) -> list[list[tuple[ir.Value, ...]]]:

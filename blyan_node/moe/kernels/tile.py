@@ -13,11 +13,11 @@ from blyan_node.moe.kernels.emit import I64, POINTER
 from blyan_node.moe.kernels.fields import field, length, rows_of, scales_of
 from blyan_node.moe.kernels.outputs import finish
 from blyan_node.moe.kernels.registers import Registers, add_remainder
-from blyan_node.moe.kernels.storages import Storage
+from blyan_node.moe.kernels.storages import Storage, Stream
 from blyan_node.moe.kernels.targets import Target
 
 LINE_BYTES = 64
-_STREAMS = 4  # columns of a single row that are finished together
+_STREAMED = 4  # columns of a single row that are finished together
 
 ARGUMENTS = (
     ("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("rows", I64),
@@ -35,7 +35,7 @@ def product(
     """
     b, arguments = emit.define(module, f"linear_{storage.name}", ARGUMENTS)
     matrix, x, x_stride, rows, y, y_stride, first, last = arguments
-    tiles: dict[tuple[tuple[int, int], bool], ir.Function] = {}
+    tiles: dict[tuple[tuple[int, int], Stream | None], ir.Function] = {}
     shapes = target.tiles[storage.effort]
     if storage.alone is not None and alone.helps(target):
         form, width = storage.alone, shapes.few[1][1]
@@ -43,16 +43,16 @@ def product(
         alone.one_row(b, target, form, arguments, field(b, matrix, "depth"), makers)
 
     def sweep(
-        columns: ir.Value, heights: Sequence[int], width: int, *, streamed: bool = False
+        columns: ir.Value, heights: Sequence[int], width: int, stream: Stream | None = None
     ) -> None:
         """Covers what is left of the columns, `width` at a time, by tiles of these heights."""
         with emit.steps(b, columns, last, width) as column:
             done = emit.slot(b, I64, emit.word(0))
             for height in heights:
                 with emit.steps(b, done, rows, height) as row:
-                    kind = (height, width), streamed
+                    kind = (height, width), stream
                     if kind not in tiles:
-                        tiles[kind] = _tile(module, storage, target, kind[0], streamed=streamed)
+                        tiles[kind] = _tile(module, storage, target, *kind)
                     x_row = emit.at(b, x, b.mul(row, x_stride))
                     y_row = emit.at(b, y, b.mul(row, y_stride))
                     again = b.icmp_signed("!=", row, emit.word(0))
@@ -67,12 +67,12 @@ def product(
             b.call(many, arguments)
             b.ret_void()
     columns = emit.slot(b, I64, first)
-    if storage.streamed:
+    for stream in storage.streams:
         single = b.icmp_signed("==", rows, emit.word(1))
-        short = b.icmp_signed("<=", field(b, matrix, "depth"), emit.word(storage.streamed))
+        short = b.icmp_signed("<=", field(b, matrix, "depth"), emit.word(stream.depth))
         with b.if_then(b.and_(single, short)):
-            sweep(columns, [1], _STREAMS, streamed=True)
-            sweep(columns, [1], 1, streamed=True)
+            sweep(columns, [1], _STREAMED, stream)
+            sweep(columns, [1], 1, stream)
     for rows_here, (height, width) in sorted(shapes.few.items()):
         with b.if_then(b.icmp_signed("==", rows, emit.word(rows_here))):
             sweep(columns, [height], width)
@@ -89,17 +89,16 @@ def _tile(
     storage: Storage,
     target: Target,
     shape: tuple[int, int],
-    *,
-    streamed: bool = False,
+    stream: Stream | None = None,
 ) -> ir.Function:
     """The outputs of `shape` (rows, columns) from column `column` on.
 
-    Columns that are `streamed` are read one after another, not side by side.
+    Columns of a `stream` are read one after another, not side by side.
     """
     rows, columns = shape
     b, arguments = emit.define(
         module,
-        f"{'stream' if streamed else 'tile'}_{storage.name}_{rows}x{columns}",
+        _name(storage, shape, stream),
         (("matrix", POINTER), ("x", POINTER), ("x_stride", I64), ("y", POINTER),
          ("y_stride", I64), ("column", I64), ("again", ir.IntType(1))),
     )  # fmt: skip
@@ -111,9 +110,10 @@ def _tile(
     sums = Registers.zero(b, rows, columns, target.lanes, storage.deal)
     depth = field(b, matrix, "depth")
     whole = b.and_(depth, emit.word(-order.BLOCK))
-    if streamed:
+    if stream is not None:
+        ahead = emit.word(stream.ahead) if stream.ahead else None
         for number, place in enumerate(places):
-            _walk(b, storage, sums.of(number), xs, [place], whole)
+            _walk(b, storage, sums.of(number), xs, [place], whole, ahead)
     else:
         ahead = b.select(again, emit.word(0), _ahead(b, matrix, columns))
         _walk(b, storage, sums, xs, places, whole, ahead)
@@ -125,6 +125,12 @@ def _tile(
     finish(b, storage, matrix, sums, ys, (column, columns))
     b.ret_void()
     return b.function
+
+
+def _name(storage: Storage, shape: tuple[int, int], stream: Stream | None) -> str:
+    rows, columns = shape
+    kind = "tile" if stream is None else f"stream{stream.depth}"
+    return f"{kind}_{storage.name}_{rows}x{columns}"
 
 
 def _walk(
