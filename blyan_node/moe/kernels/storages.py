@@ -151,6 +151,8 @@ _E2M1 += [0x80 | byte for byte in _E2M1]
 
 def _mxfp4(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Parts:
     """E2M1 codes, two in a byte, times the power of two of their block."""
+    if lanes == len(_E2M1_VALUES):
+        return _mxfp4_in_lanes(b, block, scale)
     kind = vector(I8, 16)
     raw = emit.load(b, kind, block)
     even = b.and_(raw, constant(kind, 0x0F))
@@ -170,6 +172,29 @@ def _mxfp4(b: ir.IRBuilder, block: ir.Value, scale: ir.Value, lanes: int) -> Par
         bits = emit.pick(b, zero, sixteen(whole), order)
         halves = b.bitcast(bits, vector(HALF, lanes))
         return b.fmul(b.fpext(halves, vector(FLOAT, lanes)), power)
+
+    return part
+
+
+_E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+_E2M1_VALUES += [-value for value in _E2M1_VALUES]
+
+
+def _mxfp4_in_lanes(b: ir.IRBuilder, block: ir.Value, scale: ir.Value) -> Parts:
+    """The same where a register has a lane for every code: what it stands for is looked up there.
+
+    Eight codes are 32 bits. All have a copy of them, with its own code moved to the lowest four,
+    and the lookup heeds no others.
+    """
+    lanes = len(_E2M1_VALUES)
+    kind, bits = vector(FLOAT, lanes), vector(I32, lanes)
+    values = b.fmul(ir.Constant(kind, _E2M1_VALUES), _power(b, scale, lanes))
+
+    def part(number: int) -> ir.Value:
+        eights = emit.load(b, vector(I32, 2), block, 8 * number)
+        copies = emit.pick(b, eights, eights, [0] * 8 + [1] * 8)
+        codes = b.lshr(copies, ir.Constant(bits, [*range(0, 32, 4)] * 2))
+        return emit.intrinsic(b, "llvm.x86.avx512.permvar.sf.512", kind, [values, codes])
 
     return part
 
@@ -219,9 +244,20 @@ def _upper(b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
 
 
 def _power(b: ir.IRBuilder, scale: ir.Value, lanes: int) -> ir.Value:
-    """The power of two of a block, in every lane."""
-    power = powers_of_two(b, emit.load(b, vector(I8, 1), scale))
-    return emit.pick(b, power, power, [0] * lanes)
+    """The power of two of a block, in every lane: looked up, of all that there are."""
+    place = b.gep(_powers(b.module), [b.zext(emit.load(b, I8, scale), I64)], source_etype=FLOAT)
+    return emit.broadcast(b, emit.load(b, FLOAT, place), lanes)
+
+
+def _powers(module: ir.Module) -> ir.Value:
+    """The address of what each E8M0 byte stands for, as in `powers_of_two`."""
+    name = "powers_of_two"
+    if name not in module.globals:
+        bits = [max(byte << 23, 1 << 22) for byte in range(255)] + [0x7FC00000]
+        table = ir.GlobalVariable(module, ir.ArrayType(I32, len(bits)), name)
+        table.initializer = ir.Constant(table.value_type, bits)
+        table.linkage, table.global_constant = "internal", True
+    return module.globals[name]
 
 
 def powers_of_two(b: ir.IRBuilder, scales: ir.Value) -> ir.Value:

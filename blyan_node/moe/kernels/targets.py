@@ -61,7 +61,11 @@ _NARROW = (
     Tiles({1: (1, 2), 2: (2, 2)}, (6, 1)),
 )
 # And on AVX-512, with 32 registers of 16 lanes.
-_WIDE = (Tiles({1: (1, 4), 2: (2, 8)}, (4, 4)),) * 3
+_WIDE = (
+    Tiles({1: (1, 4), 2: (2, 8)}, (4, 4)),
+    Tiles({1: (1, 4), 2: (2, 8)}, (4, 4)),
+    Tiles({1: (1, 4), 2: (2, 4)}, (6, 2)),
+)
 
 # Float32 is not worth copying while the rows fit the second-level cache.
 _MANY = (Many(16, values=40_000), Many(24), Many(8))
